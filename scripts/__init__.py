@@ -1,0 +1,22 @@
+"""BertsWinMAE: 3D masked auto-encoder pre-training for medical volumes, as a MONAI bundle."""
+
+import monai.networks.nets
+
+from .bertswin_mae import BertsWinMAE, ConvDecoder, bertswin_mae_base_patch16_224, bertswin_mae_small_patch8_48x64x48
+from .encoder import BertsWinEncoder
+from .masking import patchify, random_masking, unpatchify
+
+__all__ = [
+    "BertsWinEncoder",
+    "BertsWinMAE",
+    "ConvDecoder",
+    "bertswin_mae_base_patch16_224",
+    "bertswin_mae_small_patch8_48x64x48",
+    "patchify",
+    "random_masking",
+    "unpatchify",
+]
+
+# Registered, so that a config anywhere can say `_target_: BertsWinMAE` of MONAI's own networks.
+monai.networks.nets.BertsWinMAE = BertsWinMAE
+monai.networks.nets.BertsWinEncoder = BertsWinEncoder

@@ -1,0 +1,155 @@
+"""The masked training loop on MONAI's engines: batches with masks, autocast on any device, and the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.engines import PrepareBatch, SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+
+from .masking import patchify, random_masking
+
+__all__ = ["AutocastInferer", "MAETrainer", "NonFiniteLossError", "PrepareMaskedBatch", "autocast_dtype"]
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the volumes of the batch."""
+
+
+def autocast_dtype(precision: str, device: str | torch.device) -> torch.dtype | None:
+    """Choose the type to compute in.
+
+    Args:
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bfloat16 where the device has instructions for it.
+        device: that the network runs on.
+
+    Returns:
+        A type for autocast, or None to compute in float32.
+
+    Raises:
+        ValueError: for another ``precision``.
+    """
+    if precision in PRECISIONS:
+        return PRECISIONS[precision]
+    if precision != "auto":
+        raise ValueError(f"precision {precision!r} must be one of {('auto', *PRECISIONS)}")
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
+    else:
+        # Bfloat16 is emulated, and slow, on CPUs that lack these.
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else None
+
+
+class AutocastInferer(SimpleInferer):
+    """MONAI's SimpleInferer under autocast, on any device (MONAI's engines autocast on CUDA alone).
+
+    Args:
+        precision: see :func:`autocast_dtype`.
+        device: that the network runs on.
+    """
+
+    def __init__(self, precision: str, device: str | torch.device) -> None:
+        super().__init__()
+        self.device_type = torch.device(device).type
+        self.dtype = autocast_dtype(precision, device)
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``network(inputs, *args, **kwargs)``."""
+        enabled = self.dtype is not None
+        with torch.autocast(self.device_type, dtype=self.dtype) if enabled else contextlib.nullcontext():
+            return super().__call__(inputs, network, *args, **kwargs)
+
+
+class PrepareMaskedBatch(PrepareBatch):
+    """Turn a batch of the data loader into the network's arguments, with a mask drawn from each volume's seed.
+
+    Training draws come with a seed of their own, validation cases with one that follows from their name: so the
+    mask is new at every draw in training, and the same at every epoch in validation.
+
+    Args:
+        patch_size: P, in voxels.
+        mask_ratio: share of patches to hide.
+    """
+
+    def __init__(self, patch_size: int, mask_ratio: float) -> None:
+        self.patch_size, self.mask_ratio = patch_size, mask_ratio
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+    ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
+        """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and the mask by keyword."""
+        volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
+        target = patchify(volume, self.patch_size)
+        valid = torch.ones(target.shape[:2], dtype=torch.bool)
+        masked = random_masking(valid, self.mask_ratio, batchdata["seed"].tolist())
+        return volume, target, (), {"masked": masked.to(device, non_blocking=non_blocking)}
+
+
+class MAETrainer(SupervisedTrainer):
+    """MONAI's SupervisedTrainer with the masked loss, any device's autocast, clipping and a rate by step.
+
+    Args:
+        lr_scheduler: stepped after every optimiser step; default: a constant rate.
+        clip_norm: largest norm of the whole gradient; default: no clipping.
+        kwargs: of :class:`monai.engines.SupervisedTrainer`. ``loss_function`` gets the reconstructed patches, the
+            target patches and the mask of hidden patches; ``inferer`` is an :class:`AutocastInferer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        clip_norm: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**{"decollate": False, "optim_set_to_none": True, **kwargs})
+        self.lr_scheduler, self.clip_norm = lr_scheduler, clip_norm
+        # Half precision alone needs its gradients scaled. MONAI's own `scaler` is rebuilt at every run.
+        scale = getattr(self.inferer, "dtype", None) == torch.float16
+        self.grad_scaler = torch.amp.GradScaler(self.state.device.type, enabled=scale)
+
+    def _iteration(self, engine: MAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
+        """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
+        volume, target, args, kwargs = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
+        place = (engine.state.iteration - 1) % engine.state.epoch_length
+        engine.network.train()
+        if place % engine.accumulation_steps == 0:
+            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        engine.state.output = {Keys.IMAGE: volume, Keys.LABEL: target}
+        prediction = engine.inferer(volume, engine.network, *args, **kwargs)
+        engine.state.output[Keys.PRED] = prediction
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        loss = engine.loss_function(prediction["reconstructed_patches"], target, prediction["mae_mask_1d"])
+        engine.state.output[Keys.LOSS] = loss
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} in epoch {engine.state.epoch}, iteration {engine.state.iteration}, on "
+                f"{', '.join(batchdata['case'])}: look at these volumes, or lower learning_rate (the last checkpoint "
+                "is intact: resume from it)"
+            )
+        engine.grad_scaler.scale(loss / engine.accumulation_steps).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if (place + 1) % engine.accumulation_steps == 0 or place + 1 == engine.state.epoch_length:
+            engine._step()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+    def _step(self) -> None:
+        self.grad_scaler.unscale_(self.optimizer)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()

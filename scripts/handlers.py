@@ -1,0 +1,318 @@
+"""What a run leaves behind: metrics, pictures, checkpoints; and when it stops early."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from einops import rearrange
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from monai.metrics.regression import compute_ssim_and_cs
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from . import checkpoints
+from .masking import unpatchify
+
+__all__ = [
+    "CheckpointHandler",
+    "EarlyStopping",
+    "HiddenVoxelMetrics",
+    "MetricsRecorder",
+    "ReconstructionFigures",
+    "composite",
+]
+
+logger = logging.getLogger(__name__)
+
+SSIM_WINDOW = 7  # voxels
+SSIM_SIGMA = 1.5  # voxels, the value of Wang et al. 2004
+
+
+def composite(volume: Tensor, prediction: dict[str, Tensor]) -> Tensor:
+    """Put the reconstruction of the hidden patches into the original volume, ``(B, C, D, H, W)``."""
+    hidden = _voxel_mask(volume, prediction["mae_mask_1d"])
+    return torch.where(hidden, prediction["reconstructed_cube"].to(volume.dtype), volume)
+
+
+class HiddenVoxelMetrics(Metric):
+    """How well hidden voxels are rebuilt, over all hidden voxels of the validation set together.
+
+    Computes ``mse``, ``mae``, ``psnr`` (dB), ``ssim`` (Gaussian window of 7³ voxels, sigma 1.5, on the volume with
+    its visible patches put back, averaged over hidden voxels) and ``unexplained``: the MSE over the variance of the
+    same voxels, so that the best constant prediction scores 1. Index the metric by these names to attach one.
+
+    Args:
+        data_range: width of the intensity window, on the network's scale, for PSNR and SSIM.
+    """
+
+    def __init__(self, data_range: float) -> None:
+        self.data_range = data_range
+        super().__init__(output_transform=lambda output: (output[Keys.IMAGE], output[Keys.PRED]))
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Start a new epoch."""
+        # count, squared error, absolute error, SSIM, voxel, voxel squared
+        self._sums = torch.zeros(6, dtype=torch.float64)
+
+    @reinit__is_reduced
+    def update(self, output: tuple[Tensor, dict[str, Tensor]]) -> None:
+        """Add one batch: the volumes and the network's output for them."""
+        volume, prediction = output[0].float(), output[1]
+        rebuilt = composite(volume, prediction)
+        hidden = _voxel_mask(volume, prediction["mae_mask_1d"]).expand_as(volume)
+        truth, error = volume[hidden].double(), (rebuilt - volume)[hidden].double()
+        ssim = _ssim_map(rebuilt, volume, self.data_range)[hidden].double()
+        sums = (error.square().sum(), error.abs().sum(), ssim.sum(), truth.sum(), truth.square().sum())
+        self._sums += torch.stack([torch.tensor(truth.numel(), dtype=torch.float64), *(value.cpu() for value in sums)])
+
+    @sync_all_reduce("_sums")
+    def compute(self) -> dict[str, float]:
+        """Return the five figures."""
+        count = self._sums[0].item()
+        mse, mae, ssim, mean, square = (self._sums[1:] / count).tolist()
+        psnr = 10 * np.log10(self.data_range**2 / mse) if mse > 0 else float("inf")
+        return {"mse": mse, "mae": mae, "psnr": float(psnr), "ssim": ssim, "unexplained": mse / (square - mean**2)}
+
+
+class MetricsRecorder:
+    """Write one line a validation to ``metrics.jsonl``, and a short one to the log.
+
+    Attach to the trainer behind the ValidationHandler. A resumed run replaces what an interrupted one had written
+    beyond its last checkpoint.
+
+    Args:
+        path: of ``metrics.jsonl``.
+        validator: the evaluator, whose metrics are recorded.
+        interval: epochs between two validations.
+    """
+
+    def __init__(self, path: str | Path, validator: Engine, interval: int = 1) -> None:
+        self.path, self.validator, self.interval = Path(path), validator, interval
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add_loss)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.record)
+
+    def start_epoch(self, engine: Engine) -> None:
+        """Forget the last epoch's losses."""
+        self.losses: list[Tensor] = []
+        self.started = time.monotonic()
+        engine.state.learning_rate = engine.optimizer.param_groups[0]["lr"]
+
+    def add_loss(self, engine: Engine) -> None:
+        """Keep an iteration's loss."""
+        self.losses.append(engine.state.output[Keys.LOSS].detach())
+
+    def record(self, engine: Engine) -> None:
+        """Write the epoch down."""
+        mean_loss = torch.stack(self.losses).double().mean().item()
+        train_loss = idist.all_reduce(mean_loss, op="SUM") / idist.get_world_size()
+        state = engine.state
+        record = {
+            "epoch": state.epoch,
+            "iteration": state.iteration,
+            "learning_rate": state.learning_rate,
+            "train_loss": train_loss,
+            **{name: value for name, value in self.validator.state.metrics.items() if isinstance(value, int | float)},
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+        if idist.get_rank() == 0:
+            self._write(record)
+        figures = "  ".join(
+            f"{name.removeprefix('val_')} {value:.4g}" for name, value in record.items() if name.startswith("val_")
+        )
+        logger.info(
+            "epoch %d/%d  train_loss %.4g  %s  %.1f s",
+            *(state.epoch, state.max_epochs, train_loss, figures, record["seconds"]),
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+        beside = self.path.with_name(f".{self.path.name}")
+        beside.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
+        beside.replace(self.path)
+
+
+class ReconstructionFigures:
+    """Draw original, visible and reconstructed volume in three planes: the same volumes and masks each time.
+
+    Attach to the evaluator. Writes ``epoch_NNNN.png``.
+
+    Args:
+        folder: where the figures go.
+        num_volumes: the first volumes of the validation set, one row of panels each.
+        interval: epochs between two figures; the last epoch is drawn too.
+        last_epoch: the run's ``max_epochs``.
+    """
+
+    def __init__(self, folder: str | Path, num_volumes: int = 3, interval: int = 1, last_epoch: int = 0) -> None:
+        self.folder, self.num_volumes, self.interval, self.last_epoch = Path(folder), num_volumes, interval, last_epoch
+        self.rows: list[tuple[str, list[np.ndarray]]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Follow an evaluator."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
+
+    def collect(self, engine: Engine) -> None:
+        """Keep the first volumes of the epoch."""
+        volume, prediction = engine.state.output[Keys.IMAGE], engine.state.output[Keys.PRED]
+        hidden = _voxel_mask(volume, prediction["mae_mask_1d"])
+        panels = (volume, volume.masked_fill(hidden, torch.nan), composite(volume, prediction))
+        for place, case in enumerate(engine.state.batch["case"]):
+            if len(self.rows) < self.num_volumes:
+                self.rows.append((case, [panel[place, 0].float().cpu().numpy() for panel in panels]))
+
+    def draw(self, engine: Engine) -> None:
+        """Write the figure of this epoch."""
+        epoch = engine.state.epoch
+        if self.rows and (epoch % self.interval == 0 or epoch == self.last_epoch):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _draw_panels(self.rows, self.folder / f"epoch_{epoch:04d}.png", title=f"epoch {epoch}")
+
+
+class CheckpointHandler:
+    """Keep the best network and the last state of the run, and continue from the latter.
+
+    Attach to an :class:`~bertswin_mae.engine.MAETrainer` behind the ValidationHandler. Writes, each whole or not at
+    all, ``model.pt`` (the network of the best validation, flat) and ``training_state.pt`` (everything a run needs to
+    go on as if it had not stopped).
+
+    Args:
+        ckpt_dir: where checkpoints go.
+        validator: the evaluator, which knows the best metric and its epoch.
+        resume: continue from ``training_state.pt`` where there is one.
+    """
+
+    def __init__(self, ckpt_dir: str | Path, validator: Engine, resume: bool = False) -> None:
+        self.folder, self.validator, self.resume = Path(ckpt_dir), validator, resume
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save(self, engine: Engine) -> None:
+        """Write the checkpoints of this epoch."""
+        if idist.get_rank() != 0:
+            return
+        network = checkpoints.strip_prefixes(engine.network.state_dict())
+        best = self.validator.state
+        if best.best_metric_epoch == engine.state.epoch:
+            checkpoints.save(network, self.folder / "model.pt")
+        state = {
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "best_metric": best.best_metric,
+            "best_metric_epoch": best.best_metric_epoch,
+            "network": network,
+            "optimizer": engine.optimizer.state_dict(),
+            "lr_scheduler": _progress(engine.lr_scheduler),
+            "grad_scaler": engine.grad_scaler.state_dict(),
+        }
+        checkpoints.save(state, self.folder / "training_state.pt")
+
+    def restore(self, engine: Engine) -> None:
+        """Continue where the last checkpoint was written."""
+        path = self.folder / "training_state.pt"
+        if not self.resume or not path.exists():
+            return
+        state = checkpoints.load(path)
+        network = getattr(engine.network, "module", engine.network)
+        checkpoints.load_network(network, state["network"], path)
+        engine.optimizer.load_state_dict(state["optimizer"])
+        engine.grad_scaler.load_state_dict(state["grad_scaler"])
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        best = self.validator.state
+        best.best_metric, best.best_metric_epoch = state["best_metric"], state["best_metric_epoch"]
+        logger.info("continuing from %s after epoch %d", path, state["epoch"])
+
+
+class EarlyStopping:
+    """End training when the validation metric has not improved for a while.
+
+    All ranks see the same metric and so decide alike; nothing needs saving, since the best epoch is.
+
+    Args:
+        patience: epochs to wait for an improvement.
+        validator: the evaluator, which knows the epoch of the best metric.
+    """
+
+    def __init__(self, patience: int, validator: Engine) -> None:
+        self.patience, self.validator = patience, validator
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.judge)
+
+    def judge(self, engine: Engine) -> None:
+        """Stop the trainer if the wait is over."""
+        best = self.validator.state.best_metric_epoch
+        if best > 0 and engine.state.epoch - best >= self.patience:
+            logger.info("stopping early: no improvement since epoch %d", best)
+            engine.terminate()
+
+
+def _voxel_mask(volume: Tensor, mask: Tensor) -> Tensor:
+    """Blow a ``(B, N)`` patch mask up to voxels: ``(B, 1, D, H, W)`` bool."""
+    sides = np.array(volume.shape[2:])
+    patch_size = round((sides.prod() / mask.shape[1]) ** (1 / 3))
+    voxels = rearrange(mask.bool(), "b n -> b n 1").expand(-1, -1, patch_size**3)
+    return unpatchify(voxels, patch_size, tuple(sides // patch_size))
+
+
+def _ssim_map(prediction: Tensor, target: Tensor, data_range: float) -> Tensor:
+    pad = (SSIM_WINDOW // 2,) * 6
+    padded = (F.pad(image, pad, mode="replicate") for image in (prediction, target))
+    ssim, _ = compute_ssim_and_cs(*padded, 3, (SSIM_WINDOW,) * 3, (SSIM_SIGMA,) * 3, data_range)
+    return ssim
+
+
+def _progress(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> dict[str, Any] | None:
+    """Say where a scheduler stands, not what it was set to: a resumed run may have a new ``max_epochs``."""
+    settings = {"t_total", "warmup_steps", "warmup_multiplier", "cycles", "end_lr", "base_lrs"}
+    return scheduler and {name: value for name, value in scheduler.state_dict().items() if name not in settings}
+
+
+def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:
+    """Draw a row a volume: axial, coronal and sagittal plane, each as original | visible | reconstruction."""
+    columns = [(plane, panel) for plane in range(3) for panel in range(3)]
+    figure = Figure(figsize=(1.7 * len(columns), 2.1 * len(rows) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the user's backend
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for row, (case, panels) in enumerate(rows):
+        low, high = panels[0].min(), panels[0].max()
+        for column, (plane, panel) in enumerate(columns):
+            axis = 2 - plane  # axial first, for volumes in RAS
+            view = np.take(panels[panel], panels[panel].shape[axis] // 2, axis=axis).T
+            ax = axes[row, column]
+            ax.set_facecolor("tab:blue")  # hidden
+            ax.imshow(view, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            if row == 0:
+                ax.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}\n{('original', 'visible', 'rebuilt')[panel]}")
+            if column == 0:
+                ax.set_ylabel(Path(case).name, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,136 @@
+"""Hand cases to the network: caching, and draws in which all randomness is a function of the seed.
+
+A draw is the g-th volume that a training run asks for. Which case it is, how it is augmented and which patches are
+hidden follow from the run's seed and g alone: not from the number of workers, ranks or restarts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
+from monai.transforms import Compose
+from torch.utils.data import DistributedSampler
+
+__all__ = ["Draw", "DrawSampler", "DrawnDataset", "build_dataset"]
+
+CACHES = ("memory", "disk", "none")
+
+
+class Draw(NamedTuple):
+    """Which case to load, and the seed of its augmentation and mask."""
+
+    index: int
+    seed: int
+
+
+class DrawSampler(DistributedSampler):
+    """Draw cases for training: full batches, every case equally often, reproducible from seed and epoch.
+
+    A :class:`torch.utils.data.DistributedSampler`, so that MONAI's workflow calls ``set_epoch``; the draws of one
+    global batch are dealt to the ranks in turn, so that any number of ranks trains on the same global batches.
+
+    Args:
+        num_cases: length of the dataset.
+        batch_size: volumes a rank takes in one iteration.
+        iterations: iterations an epoch; default: as many as one pass over the cases takes, rounded up.
+        seed: of the run.
+        num_replicas: ranks; default: those of torch.distributed, or one.
+        rank: this one.
+    """
+
+    def __init__(
+        self,
+        num_cases: int,
+        batch_size: int,
+        iterations: int | None = None,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if num_replicas is None:
+            initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+            num_replicas = torch.distributed.get_world_size() if initialised else 1
+            rank = torch.distributed.get_rank() if initialised else 0
+        super().__init__(range(num_cases), num_replicas=num_replicas, rank=rank, seed=seed)
+        self.num_cases, self.batch_size = num_cases, batch_size
+        self.global_batch = batch_size * num_replicas
+        self.iterations = iterations or -(-num_cases // self.global_batch)
+        self.set_epoch(1)  # Ignite counts from one
+
+    def __len__(self) -> int:
+        return self.iterations * self.batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        first = (self.epoch - 1) * self.iterations * self.global_batch
+        for iteration in range(self.iterations):
+            for place in range(self.batch_size):
+                yield self.draw(first + iteration * self.global_batch + self.rank * self.batch_size + place)
+
+    def draw(self, number: int) -> Draw:
+        """Return the draw of that number, counted from 0 over the whole run."""
+        pass_number, place = divmod(number, self.num_cases)
+        # Every pass over the cases is a shuffle of its own, so all are seen equally often.
+        order = np.random.default_rng([self.seed, pass_number]).permutation(self.num_cases)
+        seed = np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0]
+        return Draw(int(order[place]), int(seed))
+
+
+class DrawnDataset(torch.utils.data.Dataset):
+    """Answer the draws of a :class:`DrawSampler`: seed the transforms, load, and pass the seed on for the mask.
+
+    Args:
+        dataset: of MONAI, with a ``transform``; items are dicts.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        self.dataset.transform.set_random_state(seed=draw.seed)
+        return {**self.dataset[draw.index], "seed": draw.seed}
+
+
+def build_dataset(
+    data: Sequence[dict[str, Any]],
+    transform: Sequence[Any] | Compose,
+    cache: str = "memory",
+    cache_dir: str | Path | None = None,
+    num_workers: int = 0,
+) -> Dataset:
+    """Choose MONAI's dataset by where the deterministic part of the transforms is kept.
+
+    Args:
+        data: the datalist.
+        transform: up to the first random one, results are kept.
+        cache: ``memory`` (CacheDataset), ``disk`` (PersistentDataset, one file a volume) or ``none``.
+        cache_dir: folder for ``disk``; may be shared by runs, also at the same time.
+        num_workers: threads that fill the memory cache.
+
+    Raises:
+        ValueError: for another ``cache``, or ``disk`` without a folder.
+    """
+    if cache == "memory":
+        return CacheDataset(data, transform, num_workers=max(1, num_workers), progress=False)
+    if cache == "disk":
+        if cache_dir is None:
+            raise ValueError("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")
+        return PersistentDataset(data, transform, cache_dir, hash_func=_hash_file, hash_transform=pickle_hashing)
+    if cache == "none":
+        return Dataset(data, transform)
+    raise ValueError(f"cache {cache!r} must be one of {CACHES}")
+
+
+def _hash_file(item: dict[str, Any]) -> bytes:
+    """Name a cached volume by its path, size and time of change, so that a changed file is prepared afresh."""
+    stat = Path(item["image"]).stat()
+    identity = repr((sorted(item.items()), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(identity.encode()).hexdigest().encode()

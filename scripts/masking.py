@@ -1,0 +1,77 @@
+"""Cutting a volume into patches, putting it together again, and choosing which patches to hide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+__all__ = ["patchify", "random_masking", "unpatchify"]
+
+
+def patchify(volume: Tensor, patch_size: int) -> Tensor:
+    """Cut volumes into flat cubic patches, the channels of one patch together.
+
+    Args:
+        volume: ``(B, C, D, H, W)``; every side a multiple of ``patch_size``.
+        patch_size: P, the side of a patch in voxels.
+
+    Returns:
+        ``(B, N, P³·C)``: patches in the order D, H, W; inside a patch the voxels in the order D, H, W, then channels.
+    """
+    p = patch_size
+    return rearrange(volume, "b c (d p) (h q) (w r) -> b (d h w) (p q r c)", p=p, q=p, r=p)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid_size: Sequence[int]) -> Tensor:
+    """Put flat patches together again: the inverse of :func:`patchify`.
+
+    Args:
+        patches: ``(B, N, P³·C)``.
+        patch_size: P, the side of a patch in voxels.
+        grid_size: number of patches along D, H and W; their product is N.
+
+    Returns:
+        ``(B, C, D, H, W)``.
+    """
+    p = patch_size
+    d, h, w = grid_size
+    return rearrange(patches, "b (d h w) (p q r c) -> b c (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=p, r=p)
+
+
+def random_masking(valid: Tensor, mask_ratio: float, seeds: Sequence[int] | None = None) -> Tensor:
+    """Choose the hidden patches of each volume uniformly at random (paper, masked pre-training).
+
+    The ratio counts valid patches. All volumes of a batch keep the same number of visible patches, that of the
+    volume with the fewest, so that shapes stay static.
+
+    Args:
+        valid: ``(B, N)`` bool, False = outside the field of view.
+        mask_ratio: share of the valid patches to hide, in [0, 1). At least one patch stays visible.
+        seeds: one seed a volume. A volume's mask then depends on its seed alone: not on the device, nor on its
+            neighbours in the batch (unless they force a smaller number of visible patches). Default: torch's
+            global generator of the device.
+
+    Returns:
+        ``(B, N)`` bool, True = hidden. Patches that are not valid are hidden too.
+
+    Raises:
+        ValueError: when a volume has no valid patch, or ``seeds`` is not one a volume.
+    """
+    batch, num_patches = valid.shape
+    if seeds is None:
+        noise = torch.rand(batch, num_patches, device=valid.device)
+    elif len(seeds) != batch:
+        raise ValueError(f"seeds has {len(seeds)} entries for a batch of {batch} volumes: give one a volume")
+    else:
+        draws = [torch.rand(num_patches, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        noise = torch.stack(draws).to(valid.device)
+    fewest = int(valid.sum(dim=1).min())
+    if fewest == 0:
+        empty = (~valid.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"volumes {empty} of the batch have no valid patch: one at least must be in the field of view")
+    num_visible = max(1, round((1 - mask_ratio) * fewest))
+    visible = noise.masked_fill(~valid, torch.inf).argsort(dim=1)[:, :num_visible]
+    return torch.ones_like(valid).scatter(1, visible, False)

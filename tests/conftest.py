@@ -1,0 +1,92 @@
+"""Tiny networks and volumes that every test can afford."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+from scripts import BertsWinMAE  # noqa: E402
+
+TINY = {
+    "img_size": (32, 32, 32),
+    "patch_size": 8,
+    "encoder_embed_dim": 48,
+    "encoder_depths": (2,),
+    "encoder_num_heads": (4,),
+    "swin_window_size": (2, 2, 2),
+    "decoder_embed_dim": 32,
+    "stem_base_dim": 8,
+}
+# The same, as knobs of the configs.
+TINY_KNOBS = {
+    "img_size": [32, 32, 32],
+    "patch_size": 8,
+    "encoder_embed_dim": 48,
+    "encoder_depth": 2,
+    "encoder_num_heads": 4,
+    "swin_window_size": [2, 2, 2],
+    "decoder_embed_dim": 32,
+    "stem_base_dim": 8,
+    "batch_size": 2,
+    "iterations_per_epoch": 2,
+    "max_epochs": 2,
+    "warmup_epochs": 0,
+    "figure_interval": 1,
+}
+
+
+def tiny(**overrides) -> BertsWinMAE:
+    torch.manual_seed(0)
+    return BertsWinMAE(**(TINY | overrides)).eval()
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_volume(path: Path, shape=(36, 30, 33), seed: int = 0, spacing: float = 1.0, low: float = 0.0) -> Path:
+    """Write a smooth random NIfTI volume, from `low` up by 1000."""
+    coarse = np.random.default_rng(seed).random(tuple(-(-side // 6) for side in shape))
+    voxels = np.kron(coarse, np.ones((6, 6, 6)))[: shape[0], : shape[1], : shape[2]] * 1000 + low
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.diag([spacing, spacing, spacing, 1.0])), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Path:
+    """A Decathlon folder with six small MR-like volumes."""
+    folder = tmp_path_factory.mktemp("cohort")
+    training = []
+    for number in range(6):
+        write_volume(folder / "imagesTr" / f"case_{number}.nii.gz", seed=number)
+        training.append({"image": f"./imagesTr/case_{number}.nii.gz", "label": f"./labelsTr/case_{number}.nii.gz"})
+    (folder / "dataset.json").write_text(json.dumps({"training": training, "test": []}))
+    return folder
+
+
+def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
+    """Run `python -m monai.bundle …` as a user would, in a process of its own."""
+    overrides = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "monai.bundle", *arguments, *overrides],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def train(*configs: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
+    files = str([str(ROOT / "configs" / name) for name in configs or ("train.yaml", "small.yaml")])
+    return bundle("run", "training", "--config_file", files, cwd=cwd, **(TINY_KNOBS | knobs))

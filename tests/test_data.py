@@ -1,0 +1,180 @@
+"""Promises of finding, checking and splitting volumes."""
+
+import json
+import os
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import write_volume
+
+from scripts.data import check_cases, find_cases, prepare_cases, split_cases, volume_problem
+
+
+def names(cases):
+    return [case["case"] for case in cases]
+
+
+def write_itk(path, shape=(12, 11, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    itk.imwrite(itk.image_from_array(np.random.default_rng(0).random(shape, dtype=np.float32)), str(path))
+    return path
+
+
+def test_a_folder_is_searched_at_any_depth_for_every_format(tmp_path):
+    write_volume(tmp_path / "a" / "deep" / "one.nii.gz")
+    write_volume(tmp_path / "two.nii")
+    write_itk(tmp_path / "b" / "three.nrrd")
+    write_itk(tmp_path / "four.mha")
+    write_volume(tmp_path / "labelsTr" / "one.nii.gz")  # not an image
+    write_volume(tmp_path / ".hidden" / "six.nii.gz")
+    (tmp_path / "._two.nii").write_bytes(b"a Mac was here")
+    (tmp_path / "notes.txt").write_text("nothing")
+    cases = find_cases(tmp_path)["training"]
+    assert sorted(names(cases)) == ["a/deep/one", "b/three", "four", "two"]
+    assert names(check_cases(cases, "mr")) == names(cases)
+
+
+def test_a_decathlon_folder_gives_its_training_images_without_labels(cohort):
+    folds = find_cases(cohort)
+    assert list(folds) == ["training"]
+    assert names(folds["training"]) == [f"imagesTr/case_{number}" for number in range(6)]
+
+
+def test_a_datalist_decides_the_split_by_list_or_by_fold(tmp_path):
+    for number in range(4):
+        write_volume(tmp_path / f"{number}.nii.gz", seed=number)
+    items = [{"image": f"{number}.nii.gz"} for number in range(4)]
+    listed, folded = tmp_path / "listed.json", tmp_path / "folded.json"
+    listed.write_text(json.dumps({"training": items[:3], "validation": items[3:]}))
+    folded.write_text(json.dumps({"training": [{**item, "fold": number % 3} for number, item in enumerate(items)]}))
+    assert [names(find_cases(listed)[fold]) for fold in ("training", "validation")] == [["0", "1", "2"], ["3"]]
+    assert [names(find_cases(folded)[fold]) for fold in ("training", "validation")] == [["1", "2"], ["0", "3"]]
+    prepared = prepare_cases(listed, "mr")
+    assert names(prepared["validation"]) == ["3"]
+    assert all(isinstance(case["seed"], int) for fold in prepared.values() for case in fold)
+
+
+def test_the_split_is_stable_under_added_cases_and_independent_of_order():
+    cases = [{"case": f"patient_{number}"} for number in range(200)]
+    some, all_ = split_cases(cases[:150], 0.2), split_cases(cases[::-1], 0.2)
+    assert set(names(some["validation"])) <= set(names(all_["validation"]))
+    assert set(names(some["training"])) <= set(names(all_["training"]))
+    assert len(all_["validation"]) == pytest.approx(40, abs=12)  # two standard deviations
+
+
+def test_two_cases_are_split_one_and_one_and_a_single_one_is_refused():
+    folds = split_cases([{"case": "a"}, {"case": "b"}], 0.01)
+    assert [len(folds["training"]), len(folds["validation"])] == [1, 1]
+    folds = split_cases([{"case": "a"}, {"case": "b"}], 0.99)
+    assert [len(folds["training"]), len(folds["validation"])] == [1, 1]
+    with pytest.raises(ValueError, match=r"one volume to train on and one to validate on are needed.*: a$"):
+        split_cases([{"case": "a"}], 0.2)
+    with pytest.raises(ValueError, match="val_fraction 1 must lie between 0 and 1"):
+        split_cases([{"case": "a"}, {"case": "b"}], 1)
+
+
+def _truncated(path):
+    content = write_volume(path).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _constant(path):
+    nib.save(nib.Nifti1Image(np.full((9, 9, 9), 7, np.int16), np.eye(4)), path)
+
+
+def _four_dimensional(path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9, 3)), np.eye(4)), path)
+
+
+def _flat(path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((9, 9)), np.eye(4)), path)
+
+
+def _not_finite(path):
+    voxels = np.random.default_rng(0).random((9, 9, 9))
+    voxels[0, 0, 0], voxels[1, 1, 1] = np.nan, np.inf
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+
+
+def _text(path):
+    path.write_text("this is no volume")
+
+
+BAD = [
+    (_truncated, "cannot be read"),
+    (_empty, "the file is empty"),
+    (_constant, "is constant: every voxel is 7"),
+    (_four_dimensional, r"has 4 dimensions \(9, 9, 9, 3\) where 3 are needed"),
+    (_flat, r"has 2 dimensions \(9, 9\) where 3 are needed"),
+    (_not_finite, "has 2 voxels that are NaN or infinite"),
+    (_text, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
+def test_a_volume_that_cannot_be_used_is_named_with_the_reason(tmp_path, spoil, reason, caplog):
+    write_volume(tmp_path / "good.nii.gz")
+    spoil(tmp_path / "bad.nii.gz")
+    cases = find_cases(tmp_path)["training"]
+    with pytest.raises(ValueError, match=rf"1 of 2 volumes cannot be used(.|\n)*bad\.nii\.gz: {reason}"):
+        check_cases(cases, "mr")
+    assert names(check_cases(cases, "mr", skip_invalid=True)) == ["good"]
+    assert any("left out" in line and "bad.nii.gz" in line for line in caplog.messages)
+
+
+def test_nothing_left_after_skipping_ends_the_run(tmp_path):
+    _constant(tmp_path / "bad.nii.gz")
+    with pytest.raises(ValueError, match="none of the 1 volumes can be used"):
+        check_cases(find_cases(tmp_path)["training"], "mr", skip_invalid=True)
+
+
+def test_a_volume_with_a_fourth_axis_of_one_is_a_plain_volume(tmp_path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9, 1)), np.eye(4)), tmp_path / "a.nii.gz")
+    assert volume_problem(tmp_path / "a.nii.gz", "mr") is None
+
+
+def test_an_mr_is_not_taken_for_a_ct(tmp_path):
+    mr = write_volume(tmp_path / "mr.nii.gz", low=0)
+    ct = write_volume(tmp_path / "ct.nii.gz", low=-1000)
+    assert "is not in Hounsfield units: no voxel is below -200 HU" in volume_problem(mr, "ct")
+    assert volume_problem(ct, "ct") is None
+    assert volume_problem(mr, "mr") is None
+
+
+def test_datasets_that_cannot_be_found_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset_dir .*nowhere does not exist"):
+        find_cases(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no volume: looked for \*\.nii\.gz"):
+        find_cases(tmp_path)
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"training": [{"image": "gone.nii.gz"}]}))
+    with pytest.raises(ValueError, match=r"lists 1 files that do not exist, the first one .*gone\.nii\.gz"):
+        find_cases(listed)
+    listed.write_text("{")
+    with pytest.raises(ValueError, match="is not a datalist in JSON"):
+        find_cases(listed)
+    listed.write_text(json.dumps({"images": []}))
+    with pytest.raises(ValueError, match="is not a MONAI datalist"):
+        find_cases(listed)
+    listed.write_text(json.dumps({"training": [{"label": "a.nii.gz"}]}))
+    with pytest.raises(ValueError, match="needs one 'image' path"):
+        find_cases(listed)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    write_volume(tmp_path / "a.nii.gz")
+    write_volume(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match="several volumes named a:"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_read_permission_is_named(tmp_path):
+    write_volume(tmp_path / "locked.nii.gz").chmod(0)
+    assert "cannot be read" in volume_problem(tmp_path / "locked.nii.gz", "mr")

@@ -1,0 +1,107 @@
+"""Promises of caching and drawing: all randomness is a function of the seed."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose, RandGaussianNoised, ScaleIntensityd
+
+from scripts.loading import DrawnDataset, DrawSampler, build_dataset
+
+
+def draws(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_every_case_is_drawn_equally_often_in_full_batches():
+    sampler = DrawSampler(num_cases=7, batch_size=4, seed=1)
+    assert len(sampler) == 8  # one pass, rounded up to full batches
+    counts = collections.Counter(draw.index for epoch in range(1, 8) for draw in draws(sampler, epoch))
+    assert set(counts.values()) == {8}
+    assert len({draw.seed for epoch in range(1, 8) for draw in draws(sampler, epoch)}) == 56
+
+
+def test_draws_follow_from_seed_and_epoch():
+    first, again, other = (DrawSampler(10, 2, iterations=5, seed=seed) for seed in (0, 0, 1))
+    assert draws(first, 3) == draws(again, 3)
+    assert draws(first, 3) != draws(first, 4)
+    assert draws(first, 3) != draws(other, 3)
+
+
+def test_ranks_share_the_global_batches_of_one_process():
+    alone = draws(DrawSampler(10, 4, iterations=3), 2)
+    ranks = [draws(DrawSampler(10, 2, iterations=3, num_replicas=2, rank=rank), 2) for rank in (0, 1)]
+    for iteration in range(3):
+        halves = [draw for rank in ranks for draw in rank[2 * iteration : 2 * iteration + 2]]
+        assert halves == alone[4 * iteration : 4 * iteration + 4]
+
+
+def test_more_draws_than_cases_still_make_full_batches():
+    assert len(draws(DrawSampler(num_cases=3, batch_size=8), 1)) == 8
+
+
+def random_dataset(cache="memory", cache_dir=None):
+    transform = Compose([ScaleIntensityd("image"), RandGaussianNoised("image", prob=1.0)])
+    data = [{"image": torch.arange(8.0).reshape(1, 2, 2, 2) + number} for number in range(6)]
+    return DrawnDataset(build_dataset(data, transform, cache, cache_dir))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_augmentation_does_not_depend_on_the_number_of_workers(num_workers):
+    def epoch(workers):
+        sampler = DrawSampler(6, 2, iterations=4)
+        loader = torch.utils.data.DataLoader(random_dataset(), batch_size=2, sampler=sampler, num_workers=workers)
+        return [torch.as_tensor(batch["image"]) for batch in loader]
+
+    assert all(torch.equal(a, b) for a, b in zip(epoch(0), epoch(num_workers), strict=True))
+
+
+class CountedRead:
+    """A file-backed source that counts how often it is read."""
+
+    reads = 0
+
+
+def file_dataset(folder, cache, cache_dir=None):
+    from monai.transforms import Lambdad
+
+    def read(path):
+        CountedRead.reads += 1
+        return torch.as_tensor(np.load(path))
+
+    for number in range(2):
+        if not (folder / f"{number}.npy").exists():
+            np.save(folder / f"{number}.npy", np.full((1, 2, 2, 2), number, np.float32))
+    data = [{"image": str(folder / f"{number}.npy"), "case": str(number)} for number in range(2)]
+    transform = Compose([Lambdad("image", read), RandGaussianNoised("image", prob=1.0)])
+    return build_dataset(data, transform, cache, cache_dir)
+
+
+def test_a_memory_cache_reads_each_file_once(tmp_path):
+    CountedRead.reads = 0
+    dataset = file_dataset(tmp_path, "memory")
+    for _ in range(3):
+        dataset[0], dataset[1]
+    assert CountedRead.reads == 2
+
+
+def test_a_changed_file_is_not_answered_from_the_disk_cache(tmp_path):
+    from monai.transforms import Compose, Identityd, LoadImaged
+
+    np.save(tmp_path / "a.npy", np.zeros((4, 4), np.float32))
+    data = [{"image": str(tmp_path / "a.npy")}]
+    transform = Compose([LoadImaged("image"), Identityd("image")])
+    dataset = build_dataset(data, transform, "disk", tmp_path / "cache")
+    assert dataset[0]["image"].sum() == 0
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 1
+    np.save(tmp_path / "a.npy", np.ones((5, 5), np.float32))
+    assert dataset[0]["image"].sum() == 25
+
+
+def test_a_cache_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"cache 'tape' must be one of \('memory', 'disk', 'none'\)"):
+        build_dataset([], Compose([]), "tape")
+    with pytest.raises(ValueError, match="cache 'disk' needs a cache_dir"):
+        build_dataset([], Compose([]), "disk")
