@@ -76,17 +76,30 @@ def cohort(tmp_path_factory) -> Path:
 
 def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
     """Run `python -m monai.bundle …` as a user would, in a process of its own."""
+    process = start_bundle(*arguments, cwd=cwd, **knobs)
+    stdout, stderr = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start_bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.Popen:
     overrides = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-    return subprocess.run(  # noqa: S603
+    return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "monai.bundle", *arguments, *overrides],
         cwd=cwd,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
-        check=False,
     )
 
 
 def train(*configs: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
-    files = str([str(ROOT / "configs" / name) for name in configs or ("train.yaml", "small.yaml")])
-    return bundle("run", "training", "--config_file", files, cwd=cwd, **(TINY_KNOBS | knobs))
+    return bundle(*_training(configs), cwd=cwd, **(TINY_KNOBS | knobs))
+
+
+def start_training(*configs: str, **knobs) -> subprocess.Popen:
+    return start_bundle(*_training(configs), **(TINY_KNOBS | knobs))
+
+
+def _training(configs: tuple[str, ...]) -> list[str]:
+    files = [str(ROOT / "configs" / name) for name in configs or ("train.yaml", "small.yaml")]
+    return ["run", "training", "--config_file", str(files)]

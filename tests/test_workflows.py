@@ -1,0 +1,124 @@
+"""Promises of whole runs, started as a user starts them."""
+
+import json
+import time
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, start_training, train, write_volume
+
+from scripts import BertsWinMAE
+
+pytestmark = pytest.mark.slow
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(folder):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records(folder)]
+
+
+def test_training_leaves_what_the_readme_says_from_any_directory(cohort, tmp_path):
+    out = tmp_path / "out"
+    result = train(cwd=tmp_path, dataset_dir=cohort, output_dir=out)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 2/2  train_loss" in result.stdout
+
+    assert [record["epoch"] for record in records(out)] == [1, 2]
+    assert records(out)[1].keys() >= {
+        *("epoch", "iteration", "learning_rate", "train_loss"),
+        *("val_mse", "val_mae", "val_psnr", "val_ssim", "val_unexplained"),
+    }
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    assert matplotlib.image.imread(out / "figures" / "epoch_0002.png").std() > 0
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["model.pt", "training_state.pt"]
+    model = BertsWinMAE(**TINY)
+    model.load_state_dict(torch.load(out / "checkpoints" / "model.pt", weights_only=True))
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_stopped(cohort, tmp_path):
+    settings = {"dataset_dir": cohort, "max_epochs": 8}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(output_dir=whole, **settings).returncode == 0
+
+    process = start_training(output_dir=parts, **settings)
+    deadline = time.monotonic() + 120
+    while not (parts / "checkpoints" / "training_state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(records(parts)) < 8
+
+    again = train(output_dir=parts, **settings)
+    assert again.returncode == 1
+    assert "is left from an earlier run: continue it with --resume true" in again.stderr
+    assert "Traceback" not in again.stderr
+
+    resumed = train(output_dir=parts, resume="true", **settings)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from" in resumed.stdout
+    assert without_time(parts) == without_time(whole)
+    states = [torch.load(run / "checkpoints" / "training_state.pt", weights_only=True) for run in (whole, parts)]
+    for part in ("network", "optimizer"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
+
+
+def test_ct_volumes_train_and_what_is_no_ct_is_refused_by_name(tmp_path):
+    for number in range(3):
+        write_volume(tmp_path / "data" / f"ct_{number}.nii.gz", seed=number, low=-1000, spacing=2)
+    settings = {"dataset_dir": tmp_path / "data", "modality": "ct", "max_epochs": 1, "spacing": "[2.5, 2.5, 2.5]"}
+    result = train(output_dir=tmp_path / "good", **settings)
+    assert result.returncode == 0, result.stderr
+
+    write_volume(tmp_path / "data" / "brain.nii.gz", low=0)
+    refused = train(output_dir=tmp_path / "bad", **settings)
+    assert refused.returncode == 1
+    assert "brain.nii.gz: is not in Hounsfield units" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "bad").exists()
+    skipped = train(output_dir=tmp_path / "skipped", skip_invalid="true", **settings)
+    assert skipped.returncode == 0, skipped.stderr
+    assert "left out" in skipped.stdout
+
+
+def test_volumes_thinner_and_larger_than_the_crop_train_from_the_disk_cache(tmp_path):
+    for number, shape in enumerate([(40, 40, 4), (20, 50, 36), (64, 20, 33)]):
+        write_volume(tmp_path / "data" / f"{number}.nii.gz", shape=shape, seed=number)
+    for _ in range(2):
+        settings = {"cache": "disk", "cache_dir": tmp_path / "cache", "num_workers": 1, "max_epochs": 1}
+        result = train(dataset_dir=tmp_path / "data", output_dir=tmp_path / "out", resume="true", **settings)
+        assert result.returncode == 0, result.stderr
+        assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_names_and_no_traceback(cohort, tmp_path):
+    result = train(dataset_dir=cohort, output_dir=tmp_path / "out", learning_rate=1e30, clip_norm="None", max_epochs=20)
+    assert result.returncode == 1
+    assert "error: the loss is nan" in result.stderr
+    assert "imagesTr/case_" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_sample_is_simulated_once_and_trains(tmp_path):
+    pytest.importorskip("nilearn", reason="the sample extra is not installed")
+    from scripts.sample import simulated_brains
+
+    folder = simulated_brains(tmp_path / "brains", num_subjects=2)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "brains").rglob("*.nii.gz")}
+    assert simulated_brains(tmp_path / "brains", num_subjects=2) == folder
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "brains").rglob("*.nii.gz")} == written
+
+    first, second = (nib.load(tmp_path / "brains" / "imagesTr" / f"brain_00{n}.nii.gz") for n in (1, 2))
+    label = np.asarray(nib.load(tmp_path / "brains" / "labelsTr" / "brain_001.nii.gz").dataobj)
+    image, other = (np.asarray(volume.dataobj).astype(float) for volume in (first, second))
+    assert first.header.get_zooms() == (2, 2, 2)
+    assert 0.8 < np.corrcoef(image.ravel(), other.ravel())[0, 1] < 0.99  # brains, but not the same one
+    assert image[label == 2].mean() > image[label == 1].mean() > 2 * image[label == 0].mean()  # white, grey, the rest
+
+    result = train(dataset_dir=folder, output_dir=tmp_path / "out", max_epochs=1)
+    assert result.returncode == 0, result.stderr
