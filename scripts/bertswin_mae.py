@@ -67,6 +67,8 @@ class BertsWinMAE(nn.Module):
         stem_base_dim: width of the stem's first stage; a multiple of 4.
         mask_ratio: share of the valid patches to hide, in [0, 1).
         strict_stem: non-overlapping stem kernels.
+        blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes, so that patch mode
+            and volumetric mode are one function.
 
     Raises:
         ValueError: for settings that cannot be built; the message names the value and one that would do.
@@ -85,6 +87,7 @@ class BertsWinMAE(nn.Module):
         stem_base_dim: int = 48,
         mask_ratio: float = 0.75,
         strict_stem: bool = False,
+        blockwise_norm: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= mask_ratio < 1:
@@ -102,6 +105,7 @@ class BertsWinMAE(nn.Module):
             swin_window_size,
             stem_base_dim,
             strict_stem,
+            blockwise_norm,
         )
         self.decoder = ConvDecoder(encoder_embed_dim, decoder_embed_dim, patch_size, in_chans)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder_embed_dim))

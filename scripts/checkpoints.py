@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["convert_reference_state_dict", "load", "load_network", "save", "strip_prefixes"]
+__all__ = [
+    "convert_reference_state_dict",
+    "encoder_part",
+    "load",
+    "load_network",
+    "load_state_dict",
+    "save",
+    "strip_prefixes",
+]
 
 # What wrappers put in front of every name: DistributedDataParallel and torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -72,6 +80,24 @@ def load(path: str | Path) -> Any:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
         ) from error
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read flat weights, wrapper prefixes removed.
+
+    Raises:
+        ValueError: when there is no such file, it cannot be read safely, or it holds something else.
+    """
+    content = load(path)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no flat weights (name → tensor): use the model.pt of a run")
+    return strip_prefixes(content)
+
+
+def encoder_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the encoder's weights out of a whole network's, under the encoder's own names."""
+    prefix = "encoder."
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
 def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:

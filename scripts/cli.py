@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from .engine import NonFiniteLossError
+from .handlers import TRAINING_STATE
 
 __all__ = ["check_knobs", "refuse_overwriting", "show_mistakes_kindly"]
 
@@ -60,7 +61,7 @@ def refuse_overwriting(ckpt_dir: str | Path, resume: bool) -> None:
     Raises:
         ValueError: when ``ckpt_dir`` holds a training state and the run is not to resume it.
     """
-    if not resume and (state := Path(ckpt_dir) / "training_state.pt").exists():
+    if not resume and (state := Path(ckpt_dir) / TRAINING_STATE).exists():
         raise ValueError(
             f"{state} is left from an earlier run: continue it with --resume true, or choose another --output_dir"
         )

@@ -18,6 +18,28 @@ PATCH_SIZES = (2, 4, 8, 16, 32, 64)
 STEM_GROUPS = 4
 
 
+class BlockGroupNorm(nn.GroupNorm):
+    """Group norm that normalises each block of a volume by itself, as if the blocks had come one at a time.
+
+    Same weights as :class:`torch.nn.GroupNorm`, and the same numbers on a single block.
+
+    Args:
+        num_groups: groups of channels.
+        num_channels: channels.
+        block_size: side of a block in voxels.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, block_size: int) -> None:
+        super().__init__(num_groups, num_channels)
+        self.block_size = block_size
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Normalise ``(B, C, D, H, W)``, every side a multiple of the block's."""
+        b, d, h, w = volume.shape[0], *(side // self.block_size for side in volume.shape[2:])
+        blocks = rearrange(volume, "b c (d p) (h q) (w r) -> (b d h w) c p q r", d=d, h=h, w=w)
+        return rearrange(super().forward(blocks), "(b d h w) c p q r -> b c (d p) (h q) (w r)", b=b, d=d, h=h, w=w)
+
+
 class PatchStem(nn.Module):
     """CNN stem that turns each P³ block of voxels into one token.
 
@@ -30,13 +52,28 @@ class PatchStem(nn.Module):
         base_dim: width of the first stage; a multiple of 4.
         embed_dim: width of a token.
         strict: non-overlapping kernels.
+        blockwise_norm: with strict kernels, normalise each patch's block by itself. The stem then computes the same
+            function on a whole volume as on its isolated patches, and needs no tuning.
 
     Raises:
-        ValueError: when ``patch_size`` or ``base_dim`` cannot be built.
+        ValueError: when the settings cannot be built.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, base_dim: int, embed_dim: int, strict: bool = False) -> None:
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        base_dim: int,
+        embed_dim: int,
+        strict: bool = False,
+        blockwise_norm: bool = False,
+    ) -> None:
         super().__init__()
+        if blockwise_norm and not strict:
+            raise ValueError(
+                "blockwise_norm needs strict_stem=True: overlapping kernels see the neighbours of a patch, whatever "
+                "the norm"
+            )
         if patch_size not in PATCH_SIZES:
             raise ValueError(f"patch_size {patch_size} must be a power of two from 2 to 64: one of {PATCH_SIZES}")
         if base_dim < 1 or base_dim % STEM_GROUPS:
@@ -50,8 +87,14 @@ class PatchStem(nn.Module):
         kernel = {"kernel_size": 2, "stride": 2} if strict else {"kernel_size": 3, "stride": 2, "padding": 1}
         widths = [in_chans, *(base_dim * 2**i for i in range(num_stages))]
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(c_in, c_out, bias=False, **kernel), nn.GroupNorm(STEM_GROUPS, c_out), nn.GELU())
-            for c_in, c_out in pairwise(widths)
+            nn.Sequential(
+                nn.Conv3d(c_in, c_out, bias=False, **kernel),
+                BlockGroupNorm(STEM_GROUPS, c_out, block_size=patch_size >> stage)
+                if blockwise_norm
+                else nn.GroupNorm(STEM_GROUPS, c_out),
+                nn.GELU(),
+            )
+            for stage, (c_in, c_out) in enumerate(pairwise(widths), start=1)
         )
         self.proj = nn.Conv3d(widths[-1], embed_dim, kernel_size=1)
 
@@ -85,6 +128,7 @@ class BertsWinEncoder(nn.Module):
         swin_window_size: attention window in tokens, D, H, W; no larger than the grid.
         stem_base_dim: width of the stem's first stage; a multiple of 4.
         strict_stem: non-overlapping stem kernels.
+        blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes.
 
     Raises:
         ValueError: for settings that cannot be built; the message names the value and one that would do.
@@ -101,13 +145,14 @@ class BertsWinEncoder(nn.Module):
         swin_window_size: Sequence[int] | int = (7, 7, 7),
         stem_base_dim: int = 48,
         strict_stem: bool = False,
+        blockwise_norm: bool = False,
     ) -> None:
         super().__init__()
         self.img_size: tuple[int, int, int] = ensure_tuple_rep(img_size, 3)
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, encoder_embed_dim
         window_size = ensure_tuple_rep(swin_window_size, 3)
         depth, num_heads = _only("encoder_depths", encoder_depths), _only("encoder_num_heads", encoder_num_heads)
-        self.stem = PatchStem(patch_size, in_chans, stem_base_dim, encoder_embed_dim, strict_stem)
+        self.stem = PatchStem(patch_size, in_chans, stem_base_dim, encoder_embed_dim, strict_stem, blockwise_norm)
         _check_grid(self.img_size, patch_size, window_size)
         _check_width(encoder_embed_dim, num_heads)
         self.grid_size = tuple(side // patch_size for side in self.img_size)

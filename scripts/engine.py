@@ -101,8 +101,8 @@ class MAETrainer(SupervisedTrainer):
     Args:
         lr_scheduler: stepped after every optimiser step; default: a constant rate.
         clip_norm: largest norm of the whole gradient; default: no clipping.
-        kwargs: of :class:`monai.engines.SupervisedTrainer`. ``loss_function`` gets the reconstructed patches, the
-            target patches and the mask of hidden patches; ``inferer`` is an :class:`AutocastInferer`.
+        kwargs: of :class:`monai.engines.SupervisedTrainer`. ``loss_function`` gets the network's output and the
+            target patches; ``inferer`` is an :class:`AutocastInferer`.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MAETrainer(SupervisedTrainer):
         prediction = engine.inferer(volume, engine.network, *args, **kwargs)
         engine.state.output[Keys.PRED] = prediction
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        loss = engine.loss_function(prediction["reconstructed_patches"], target, prediction["mae_mask_1d"])
+        loss = engine.loss_function(prediction, target)
         engine.state.output[Keys.LOSS] = loss
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         if not torch.isfinite(loss):

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.utils import CommonKeys as Keys
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from . import checkpoints
@@ -31,11 +31,14 @@ __all__ = [
     "HiddenVoxelMetrics",
     "MetricsRecorder",
     "ReconstructionFigures",
+    "ResumeHandler",
+    "ValidateFirst",
     "composite",
 ]
 
 logger = logging.getLogger(__name__)
 
+TRAINING_STATE = "training_state.pt"
 SSIM_WINDOW = 7  # voxels
 SSIM_SIGMA = 1.5  # voxels, the value of Wang et al. 2004
 
@@ -104,9 +107,16 @@ class MetricsRecorder:
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
+        engine.add_event_handler(Events.STARTED, self.record_untrained)
         engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add_loss)
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.record)
+
+    def record_untrained(self, engine: Engine) -> None:
+        """Write epoch 0 down, if the network was validated before training."""
+        self.start_epoch(engine)
+        if engine.state.epoch == 0 and self.validator.state.metrics:
+            self.record(engine)
 
     def start_epoch(self, engine: Engine) -> None:
         """Forget the last epoch's losses."""
@@ -120,8 +130,10 @@ class MetricsRecorder:
 
     def record(self, engine: Engine) -> None:
         """Write the epoch down."""
-        mean_loss = torch.stack(self.losses).double().mean().item()
-        train_loss = idist.all_reduce(mean_loss, op="SUM") / idist.get_world_size()
+        train_loss = None
+        if self.losses:
+            mean_loss = torch.stack(self.losses).double().mean().item()
+            train_loss = idist.all_reduce(mean_loss, op="SUM") / idist.get_world_size()
         state = engine.state
         record = {
             "epoch": state.epoch,
@@ -134,12 +146,11 @@ class MetricsRecorder:
         if idist.get_rank() == 0:
             self._write(record)
         figures = "  ".join(
-            f"{name.removeprefix('val_')} {value:.4g}" for name, value in record.items() if name.startswith("val_")
+            f"{name.removeprefix('val_')} {value:.4g}"
+            for name, value in record.items()
+            if name.startswith(("train_", "val_")) and value is not None
         )
-        logger.info(
-            "epoch %d/%d  train_loss %.4g  %s  %.1f s",
-            *(state.epoch, state.max_epochs, train_loss, figures, record["seconds"]),
-        )
+        logger.info("epoch %d/%d  %s  %.1f s", state.epoch, state.max_epochs, figures, record["seconds"])
 
     def _write(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,34 +202,42 @@ class ReconstructionFigures:
 
 
 class CheckpointHandler:
-    """Keep the best network and the last state of the run, and continue from the latter.
+    """Keep the best network and the last state of the run.
 
     Attach to an :class:`~bertswin_mae.engine.MAETrainer` behind the ValidationHandler. Writes, each whole or not at
-    all, ``model.pt`` (the network of the best validation, flat) and ``training_state.pt`` (everything a run needs to
-    go on as if it had not stopped).
+    all, ``model.pt`` (the network of the best validation, flat) and ``training_state.pt`` (everything that
+    :class:`ResumeHandler` needs to go on as if the run had not stopped).
 
     Args:
         ckpt_dir: where checkpoints go.
         validator: the evaluator, which knows the best metric and its epoch.
-        resume: continue from ``training_state.pt`` where there is one.
+        network: what to save.
+        save_encoder: also write the best network's ``encoder`` alone, to ``encoder.pt``.
     """
 
-    def __init__(self, ckpt_dir: str | Path, validator: Engine, resume: bool = False) -> None:
-        self.folder, self.validator, self.resume = Path(ckpt_dir), validator, resume
+    def __init__(self, ckpt_dir: str | Path, validator: Engine, network: nn.Module, save_encoder: bool = False) -> None:
+        self.folder, self.validator, self.network, self.save_encoder = Path(ckpt_dir), validator, network, save_encoder
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
-        engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.STARTED, self.save_untrained)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save_untrained(self, engine: Engine) -> None:
+        """Keep the network as it came, if it was validated before training: it may turn out to be the best."""
+        if engine.state.epoch == self.validator.state.best_metric_epoch == 0:
+            self.save(engine)
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoints of this epoch."""
         if idist.get_rank() != 0:
             return
-        network = checkpoints.strip_prefixes(engine.network.state_dict())
+        network = checkpoints.strip_prefixes(self.network.state_dict())
         best = self.validator.state
         if best.best_metric_epoch == engine.state.epoch:
             checkpoints.save(network, self.folder / "model.pt")
+            if self.save_encoder:
+                checkpoints.save(checkpoints.encoder_part(network), self.folder / "encoder.pt")
         state = {
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
@@ -229,16 +248,36 @@ class CheckpointHandler:
             "lr_scheduler": _progress(engine.lr_scheduler),
             "grad_scaler": engine.grad_scaler.state_dict(),
         }
-        checkpoints.save(state, self.folder / "training_state.pt")
+        checkpoints.save(state, self.folder / TRAINING_STATE)
+
+
+class ResumeHandler:
+    """Continue from the state that :class:`CheckpointHandler` left.
+
+    Attach to the trainer before all handlers that look at its epoch when it starts.
+
+    Args:
+        ckpt_dir: where checkpoints are.
+        validator: the evaluator.
+        network: what was saved.
+        resume: False leaves everything as it is, and so does a folder without a state.
+    """
+
+    def __init__(self, ckpt_dir: str | Path, validator: Engine, network: nn.Module, resume: bool) -> None:
+        self.path, self.validator, self.network, self.resume = Path(ckpt_dir), validator, network, resume
+        self.path /= TRAINING_STATE
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        if self.resume:
+            engine.add_event_handler(Events.STARTED, self.restore)
 
     def restore(self, engine: Engine) -> None:
-        """Continue where the last checkpoint was written."""
-        path = self.folder / "training_state.pt"
-        if not self.resume or not path.exists():
+        """Bring network, optimiser, rate, counters and the best metric back."""
+        if not self.path.exists():
             return
-        state = checkpoints.load(path)
-        network = getattr(engine.network, "module", engine.network)
-        checkpoints.load_network(network, state["network"], path)
+        state = checkpoints.load(self.path)
+        checkpoints.load_network(self.network, state["network"], self.path)
         engine.optimizer.load_state_dict(state["optimizer"])
         engine.grad_scaler.load_state_dict(state["grad_scaler"])
         if engine.lr_scheduler is not None:
@@ -246,7 +285,28 @@ class CheckpointHandler:
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         best = self.validator.state
         best.best_metric, best.best_metric_epoch = state["best_metric"], state["best_metric_epoch"]
-        logger.info("continuing from %s after epoch %d", path, state["epoch"])
+        logger.info("continuing from %s after epoch %d", self.path, state["epoch"])
+
+
+class ValidateFirst:
+    """Validate once before training, as epoch 0, unless the run continues an earlier one.
+
+    Args:
+        validator: the evaluator.
+    """
+
+    def __init__(self, validator: Engine) -> None:
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        engine.add_event_handler(Events.STARTED, self.validate)
+
+    def validate(self, engine: Engine) -> None:
+        """Run the evaluator."""
+        if engine.state.epoch == 0:
+            self.validator.run(1)  # MONAI's evaluators count from one
+            self.validator.state.best_metric_epoch = 0
 
 
 class EarlyStopping:
@@ -269,7 +329,7 @@ class EarlyStopping:
     def judge(self, engine: Engine) -> None:
         """Stop the trainer if the wait is over."""
         best = self.validator.state.best_metric_epoch
-        if best > 0 and engine.state.epoch - best >= self.patience:
+        if best >= 0 and engine.state.epoch - best >= self.patience:
             logger.info("stopping early: no improvement since epoch %d", best)
             engine.terminate()
 

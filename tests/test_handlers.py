@@ -57,8 +57,8 @@ def test_what_the_decoder_says_of_visible_patches_changes_no_metric():
 def run_recorded(recorder, epochs, start=0):
     trainer = Engine(lambda _, batch: {"loss": torch.tensor(float(batch))})
     trainer.optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
-    recorder.attach(trainer)
     trainer.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", start))
+    recorder.attach(trainer)
     trainer.run([1, 3], max_epochs=epochs)
 
 

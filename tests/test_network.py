@@ -86,6 +86,22 @@ def test_train_and_inference_agree_on_the_encoder():
 
 
 @torch.no_grad()
+def test_with_blockwise_norm_patch_mode_and_volumetric_mode_are_one_function():
+    volume, strict = noise(2, 2, 32, 32, 32), {"strict_stem": True, "in_chans": 2}
+    model, plain = tiny(blockwise_norm=True, **strict), tiny(**strict)
+    for module in model.encoder.stem.modules():  # not only at the initial scale of one
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight.normal_(1, 0.3)
+            module.bias.normal_(0, 0.3)
+    torch.testing.assert_close(model.encoder(volume), model.extract_features(volume), rtol=1e-5, atol=1e-5)
+    plain.load_state_dict(model.state_dict())  # same weights, same pre-training
+    masked = scripts.random_masking(torch.ones(2, 64, dtype=torch.bool), 0.75, seeds=[0, 1])
+    outs = [network(volume, masked=masked)["reconstructed_cube"] for network in (model, plain)]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    assert (plain.encoder(volume) - plain.extract_features(volume)).abs().max() > 0.1  # the gap without it
+
+
+@torch.no_grad()
 def test_patch_mode_of_the_whole_volume_is_pretraining_with_nothing_hidden():
     model, volume = tiny(), noise(1, 1, 32, 32, 32)
     out = model(volume, masked=torch.zeros(1, 64, dtype=torch.bool))
@@ -173,6 +189,7 @@ def test_factories_build_the_networks_they_are_named_after():
         ({"mask_ratio": 1.0}, r"mask_ratio 1.0 must lie in \[0, 1\)"),
         ({"mask_ratio": -0.1}, r"mask_ratio -0.1 must lie in \[0, 1\)"),
         ({"stem_base_dim": 6}, r"stem_base_dim 6 must be a positive multiple of 4 .* example 8"),
+        ({"blockwise_norm": True}, r"blockwise_norm needs strict_stem=True"),
         ({"in_chans": 0}, r"in_chans 0 must be at least 1"),
         ({"decoder_embed_dim": 0}, r"decoder_embed_dim 0 must be positive"),
     ],
