@@ -15,7 +15,14 @@ from torch import Tensor
 
 from .masking import patchify, random_masking
 
-__all__ = ["AutocastInferer", "MAETrainer", "NonFiniteLossError", "PrepareMaskedBatch", "autocast_dtype"]
+__all__ = [
+    "AutocastInferer",
+    "MAETrainer",
+    "NonFiniteLossError",
+    "PrepareMaskedBatch",
+    "PrepareWholeBatch",
+    "autocast_dtype",
+]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,6 +100,24 @@ class PrepareMaskedBatch(PrepareBatch):
         valid = torch.ones(target.shape[:2], dtype=torch.bool)
         masked = random_masking(valid, self.mask_ratio, batchdata["seed"].tolist())
         return volume, target, (), {"masked": masked.to(device, non_blocking=non_blocking)}
+
+
+class PrepareWholeBatch(PrepareBatch):
+    """Turn a batch of the data loader into the network's arguments, with nothing masked.
+
+    Args:
+        patch_size: P, in voxels.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+    ) -> tuple[Tensor, Tensor, tuple, dict]:
+        """Return the volume ``(B, C, D, H, W)`` and the target patches ``(B, N, P³·C)``."""
+        volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
+        return volume, patchify(volume, self.patch_size), (), {}
 
 
 class MAETrainer(SupervisedTrainer):

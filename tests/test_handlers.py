@@ -69,11 +69,11 @@ def test_every_validation_leaves_one_line_and_a_resumed_run_replaces_what_it_rep
     validator.state.metrics["val_mse"] = 0.125
     run_recorded(MetricsRecorder(path, validator), epochs=4, start=1)  # as after a kill behind epoch 1's checkpoint
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
-    assert [record["val_mse"] for record in records] == [0.5, 0.125, 0.125, 0.125]
-    assert records[0]["train_loss"] == 2.0
-    assert records[0]["learning_rate"] == 0.5
-    assert {"iteration", "val_ssim", "seconds"} <= records[0].keys()
+    assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4]  # 0: metrics that were there before training
+    assert [record["val_mse"] for record in records] == [0.5, 0.5, 0.125, 0.125, 0.125]
+    assert [record["train_loss"] for record in records] == [None, 2.0, 2.0, 2.0, 2.0]
+    assert records[1]["learning_rate"] == 0.5
+    assert {"iteration", "val_ssim", "seconds"} <= records[1].keys()
     assert list(tmp_path.iterdir()) == [path]
 
 
