@@ -188,9 +188,7 @@ class BertsWinMAE(nn.Module):
         Returns:
             ``(B, encoder_embed_dim, D/P, H/P, W/P)``, or that and the list of skips.
         """
-        self.encoder.check_volume(volume)
-        tokens, skips = self.encoder.stem.forward_with_skips(volume)
-        features = self.encoder.attend(tokens)
+        *skips, features = self.encoder.forward_with_skips(volume)
         return (features, skips) if return_skips else features
 
     def extract_tokens(self, volume: Tensor, return_skips: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:

@@ -50,7 +50,7 @@ def check_knobs(config_file: str | Path, choices: dict[str, list[Any]] | None = 
             checked = _checked(name, value, defaults[name], (choices or {}).get(name))
             if checked is not value:
                 parser[name] = checked
-        elif not _is_referenced(name, parser.get()):
+        elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, Path(config_file)):
             near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
             raise ValueError(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {config_file}")
 
@@ -106,7 +106,7 @@ def _checked(name: str, value: Any, default: Any, valid: list[Any] | None) -> An
         return value
     if isinstance(default, bool):
         value = TRUTH.get(str(value).lower(), value)
-    kinds = {bool: bool, int: int, float: (int, float), list: (list, tuple), dict: dict}.get(type(default))
+    kinds = {bool: bool, int: int, float: (int, float), list: (list, tuple)}.get(type(default))
     wrong_kind = kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool) is not (kinds is bool))
     if wrong_kind and not (value is None and not isinstance(default, bool)):
         raise ValueError(f"{name} is {value!r} but must be of type {type(default).__name__}, for example {default!r}")
@@ -114,6 +114,12 @@ def _checked(name: str, value: Any, default: Any, valid: list[Any] | None) -> An
         near = difflib.get_close_matches(str(value), [str(choice) for choice in valid], n=1, cutoff=0)
         raise ValueError(f"{name} is {value!r} but must be one of {valid}: did you mean {near[0]}?")
     return value
+
+
+def _is_of_an_overlay(name: str, value: Any, config_file: Path) -> bool:
+    """Tell whether another config of the bundle says just this: an overlay may serve several workflows."""
+    others = (ConfigParser.load_config_file(other) for other in config_file.parent.glob("*.yaml"))
+    return any(name in other and other[name] == value for other in others)
 
 
 def _is_referenced(name: str, config: Any) -> bool:

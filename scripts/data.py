@@ -16,7 +16,16 @@ from monai.data import load_decathlon_datalist
 from monai.transforms import LoadImage
 from tqdm import tqdm
 
-__all__ = ["check_cases", "find_cases", "prepare_cases", "split_cases", "volume_problem"]
+__all__ = [
+    "check_cases",
+    "find_cases",
+    "list_cases",
+    "prepare_cases",
+    "reason",
+    "split_cases",
+    "volume_problem",
+    "voxel_problem",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +76,7 @@ def prepare_cases(
     return folds
 
 
-def find_cases(dataset_dir: str | Path) -> dict[str, list[Case]]:
+def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
     """List the volumes of a dataset.
 
     Args:
@@ -81,6 +90,8 @@ def find_cases(dataset_dir: str | Path) -> dict[str, list[Case]]:
     Raises:
         ValueError: when nothing is there, a listed file is missing, or two files share one case name.
     """
+    if dataset_dir is None:
+        raise ValueError("give --dataset_dir, a folder of volumes or a datalist JSON")
     source = Path(dataset_dir).expanduser()
     if not source.exists():
         raise ValueError(f"dataset_dir {source} does not exist: give a folder of volumes or a datalist JSON")
@@ -102,6 +113,11 @@ def find_cases(dataset_dir: str | Path) -> dict[str, list[Case]]:
     if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
         raise ValueError(f"{source} holds several volumes named {', '.join(twins[:5])}: rename or remove the copies")
     return cases
+
+
+def list_cases(dataset_dir: str | Path | None) -> list[Case]:
+    """List all volumes of a dataset, whatever fold they are in; see :func:`find_cases`."""
+    return [case for fold in find_cases(dataset_dir).values() for case in fold]
 
 
 def check_cases(cases: Sequence[Case], modality: str, skip_invalid: bool = False, num_threads: int = 4) -> list[Case]:
@@ -140,17 +156,20 @@ def check_cases(cases: Sequence[Case], modality: str, skip_invalid: bool = False
 
 
 def volume_problem(path: str | Path, modality: str) -> str | None:
-    """Say why a volume cannot be used, or None if it can."""
+    """Say why a volume's file cannot be used, or None if it can."""
     if Path(path).stat().st_size == 0:
         return "the file is empty"
     try:
-        # Images that carry a fourth axis of length one are plain volumes.
         voxels = np.asarray(LoadImage(image_only=True, dtype=None)(path))
     except Exception as error:
-        # MONAI lists what each reader said; the last line with an error's name is the reason.
-        return f"cannot be read ({_reason(error)})"
+        return f"cannot be read ({reason(error)})"
+    return voxel_problem(voxels, modality)
+
+
+def voxel_problem(voxels: np.ndarray, modality: str) -> str | None:
+    """Say why an array cannot be used as a volume, or None if it can."""
     shape = voxels.shape
-    if voxels.ndim == 4 and shape[-1] == 1:
+    if voxels.ndim == 4 and shape[-1] == 1:  # a fourth axis of length one is a plain volume
         voxels = voxels[..., 0]
     if voxels.ndim != 3:
         return f"has {voxels.ndim} dimensions {shape} where 3 are needed"
@@ -169,6 +188,15 @@ def volume_problem(path: str | Path, modality: str) -> str | None:
             f"{lowest:g} to {highest:g}; for MR use --modality mr"
         )
     return None
+
+
+def reason(error: BaseException) -> str:
+    """Put an error into one line: of MONAI's long ones, the last that names an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "rror:" in line]
+    return (telling or lines or [type(error).__name__])[-1]
 
 
 def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Case]]:
@@ -234,9 +262,3 @@ def _case_name(path: Path, root: Path) -> str:
 
 def _hash(name: str, salt: str = "") -> int:
     return int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "big")
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or "rror:" in line]
-    return (telling or lines or [type(error).__name__])[-1]

@@ -184,6 +184,16 @@ class BertsWinEncoder(nn.Module):
         self.check_volume(volume)
         return self.attend(self.stem(volume))
 
+    def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`forward`, for dense decoders.
+
+        Returns:
+            The output of every stem stage, finest first, ``(B, stem_base_dim · 2^i, D/2^(i+1), …)``, then the features.
+        """
+        self.check_volume(volume)
+        tokens, skips = self.stem.forward_with_skips(volume)
+        return (*skips, self.attend(tokens))
+
     def attend(self, tokens: Tensor) -> Tensor:
         """Add the positions and let the tokens talk.
 

@@ -17,7 +17,9 @@ from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
 from monai.transforms import Compose
 from torch.utils.data import DistributedSampler
 
-__all__ = ["Draw", "DrawSampler", "DrawnDataset", "build_dataset"]
+from .data import reason
+
+__all__ = ["Draw", "DrawSampler", "DrawnDataset", "ForgivingDataset", "build_dataset"]
 
 CACHES = ("memory", "disk", "none")
 
@@ -97,6 +99,16 @@ class DrawnDataset(torch.utils.data.Dataset):
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         self.dataset.transform.set_random_state(seed=draw.seed)
         return {**self.dataset[draw.index], "seed": draw.seed}
+
+
+class ForgivingDataset(Dataset):
+    """MONAI's Dataset that answers with the reason where a case cannot be loaded, instead of ending the run."""
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {"case": self.data[index]["case"], "error": reason(error)}
 
 
 def build_dataset(

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 OBJECTIVES = ("reconstruction", "distillation", "both")
 
 
-def load_original(pretrained: str | Path, settings: dict[str, Any]) -> BertsWinMAE:
+def load_original(pretrained: str | Path | None, settings: dict[str, Any]) -> BertsWinMAE:
     """Load a pre-trained network, with the kind of stem that it was trained with.
 
     Args:
@@ -38,6 +38,8 @@ def load_original(pretrained: str | Path, settings: dict[str, Any]) -> BertsWinM
     Raises:
         ValueError: when there are no such weights, or they do not fit the settings.
     """
+    if pretrained is None:
+        raise ValueError("give --pretrained, the model.pt of a pre-training: stem tuning starts from its weights")
     weights = checkpoints.load_state_dict(pretrained)
     first_kernel = weights.get("encoder.stem.stages.0.0.weight")
     strict = first_kernel is not None and first_kernel.shape[-1] == 2

@@ -1,0 +1,220 @@
+"""Promises of inference: every voxel answered, every token in its place."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny, write_volume
+from monai.bundle import ConfigWorkflow
+
+from scripts import BertsWinEncoder
+from scripts.inference import (
+    FeatureWindowInferer,
+    Placement,
+    feature_affine,
+    load_encoder,
+    place_in_window,
+    principal_colours,
+)
+
+ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
+    "img_size", "patch_size", "encoder_embed_dim", "encoder_depth", "encoder_num_heads", "swin_window_size",
+    "stem_base_dim")}  # fmt: skip
+
+
+class PatchMeans(torch.nn.Module):
+    """Stands in for the encoder: the mean of each patch, so that features show where a bright spot is."""
+
+    def forward(self, volume):
+        return torch.nn.functional.avg_pool3d(volume, 8).repeat(1, 4, 1, 1, 1)
+
+    def forward_with_skips(self, volume):
+        return torch.nn.functional.avg_pool3d(volume, 2), torch.nn.functional.avg_pool3d(volume, 4), self(volume)
+
+
+def infer(**knobs):
+    return bundle("run", "inference", "--config_file", str(ROOT / "configs" / "inference.json"), **knobs)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(tiny().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (40, 64, 33), (3, 70, 31), (65, 20, 48)])
+def test_padded_volumes_are_whole_patches_and_hold_the_volume(shape):
+    volume = noise(1, *shape)
+    padded, placement = place_in_window(volume, (32, 32, 32), 8, background=-5.0)
+    inside = tuple(slice(b, b + s) for b, s in zip(placement.pad_before, shape, strict=True))
+    assert all(side % 8 == 0 and side >= 32 for side in padded.shape[1:])
+    assert torch.equal(padded[(slice(None), *inside)], volume)
+    assert (padded == -5).sum() == padded.numel() - volume.numel()
+    for tokens, before, size in zip(placement.tokens, placement.pad_before, shape, strict=True):
+        assert tokens.start * 8 <= before < tokens.start * 8 + 8  # the first kept patch holds the first voxel
+        assert tokens.stop * 8 - 8 < before + size <= tokens.stop * 8
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("shape", [(32, 32, 32), (40, 72, 56), (32, 48, 104)])
+def test_windows_agree_on_where_a_token_is(overlap, shape):
+    inferer = FeatureWindowInferer((32, 32, 32), 8, overlap, batch_size=3, precision="fp32")
+    volume = noise(1, 1, *shape)
+    torch.testing.assert_close(inferer(volume, PatchMeans()), PatchMeans()(volume))
+    for slid, whole in zip(inferer(volume, PatchMeans().forward_with_skips), PatchMeans().forward_with_skips(volume),
+                           strict=True):  # fmt: skip
+        torch.testing.assert_close(slid, whole)
+
+
+def test_a_volume_of_one_window_gives_what_the_encoder_gives():
+    encoder, volume = tiny().encoder, noise(1, 1, 32, 32, 32)
+    inferer = FeatureWindowInferer((32, 32, 32), 8, precision="fp32")
+    with torch.no_grad():
+        torch.testing.assert_close(inferer(volume, encoder), encoder(volume))
+
+
+def test_an_overlap_of_everything_is_refused():
+    with pytest.raises(ValueError, match=r"overlap 1.0 must lie in \[0, 1\)"):
+        FeatureWindowInferer((32, 32, 32), 8, overlap=1.0)
+
+
+def test_the_affine_puts_each_token_at_the_centre_of_its_patch():
+    placement = Placement(pad_before=(0, 3, 9), size=(16, 10, 20), patch_size=8)
+    affine = np.diag([2.0, 1.0, 0.5, 1.0])
+    tokens = feature_affine(affine, placement, stride=8)
+    assert np.allclose(tokens @ [0, 0, 0, 1], [2 * 3.5, 3.5 - 3, 0.5 * (8 + 3.5 - 9), 1])
+    assert np.allclose(tokens @ [1, 0, 0, 1] - tokens @ [0, 0, 0, 1], [16, 0, 0, 0])
+
+
+def test_weights_of_the_encoder_alone_and_of_the_whole_network_both_load(tmp_path):
+    model = tiny()
+    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "model.pt")
+    torch.save(model.encoder.state_dict(), tmp_path / "encoder.pt")
+    settings = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
+    for name in ("model.pt", "encoder.pt"):
+        encoder = load_encoder(BertsWinEncoder(**settings), tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"do not fit this network of \d+ tensors: .* of another shape"):
+        load_encoder(BertsWinEncoder(**(settings | {"encoder_embed_dim": 96})), tmp_path / "model.pt")
+
+
+def test_principal_colours_follow_the_largest_variance():
+    features = 0.01 * noise(6, 4, 4, 4)
+    features[2] += torch.linspace(-1, 1, 4)[:, None, None]
+    red = principal_colours(features)[..., 0]
+    assert red.shape == (4, 4, 4)
+    steps = np.diff(red.mean(axis=(1, 2)))
+    assert (steps > 0.2).all() or (steps < -0.2).all()
+
+
+def marked_volume(path, affine, shape, voxel):
+    """Write a dark volume with one bright ball around a voxel; return the ball's place in mm."""
+    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    ball = np.linalg.norm((places - voxel) * np.linalg.norm(affine[:3, :3], axis=0), axis=-1) < 8  # mm
+    voxels = np.random.default_rng(0).normal(0, 1, shape) + 1000 * ball
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels.astype(np.float32), affine), path)
+    return (affine @ [*voxel, 1])[:3]
+
+
+def oblique(spacing, flips, angle, origin):
+    turn = np.eye(3)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag(np.array(spacing) * flips)
+    affine[:3, 3] = origin
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("affine", "shape", "voxel", "spacing"),
+    [
+        (oblique((1, 1, 1), (1, 1, 1), 0, (0, 0, 0)), (48, 40, 36), (30, 10, 20), None),
+        (oblique((1.5, 1.2, 2), (-1, -1, 1), 0, (60, 50, -30)), (50, 61, 37), (12, 44, 9), None),
+        (oblique((1, 1, 3), (-1, 1, 1), 0.3, (-10, 20, 5)), (44, 70, 9), (33, 20, 4), None),
+        (oblique((0.8, 0.8, 2.5), (1, -1, -1), 0.2, (5, 6, 7)), (90, 70, 20), (60, 12, 15), [1.0, 1.0, 1.0]),
+        (np.array([[0, 0, 2.0, 9], [1, 0, 0, 3], [0, -1, 0, 70], [0, 0, 0, 1]]), (40, 64, 30), (9, 50, 22), None),
+    ],
+    ids=["plain", "LPS", "oblique-thin", "resampled", "sagittal"],
+)
+def test_features_overlay_the_volume_in_the_scanners_space(tmp_path, affine, shape, voxel, spacing):
+    place = marked_volume(tmp_path / "data" / "marked.nii.gz", affine, shape, voxel)
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs" / "inference.json"),
+        workflow_type="infer",
+        dataset_dir=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "out"),
+        spacing=spacing,
+        network=PatchMeans(),
+        save_skips=True,
+        num_workers=0,
+        **ENCODER_KNOBS,
+    )
+    workflow.initialize()
+    workflow.run()
+    for name, stride in (("features", 8), ("skip_2", 4), ("skip_1", 2)):
+        features = nib.load(tmp_path / "out" / "marked" / f"{name}.nii.gz")
+        means = np.asarray(features.dataobj)[..., 0]
+        bright = means - np.median(means)
+        bright[bright < bright.max() / 10] = 0
+        centre = (np.argwhere(bright >= 0) * bright.reshape(-1, 1)).sum(axis=0) / bright.sum()
+        found = (features.affine @ [*centre, 1])[:3]
+        step = stride * np.linalg.norm(spacing or np.linalg.norm(affine[:3, :3], axis=0))
+        assert np.linalg.norm(found - place) < step / 2, name
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_bad_file_is_answered_and_the_bad_one_named(tmp_path, checkpoint):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_volume(data / "one" / "scan.nii.gz", shape=(50, 40, 12))
+    write_volume(data / "two.nii", shape=(33, 34, 35), seed=1)
+    (data / "broken.nii.gz").write_bytes(b"nothing")
+    nib.save(nib.Nifti1Image(np.full((20, 20, 20), 3.0), np.eye(4)), data / "flat.nii.gz")
+    result = infer(dataset_dir=data, output_dir=out, checkpoint=checkpoint, **ENCODER_KNOBS)
+    assert result.returncode == 1
+    assert "2 of 4 volumes have no features" in result.stderr
+    assert "broken: " in result.stderr
+    assert "flat: is constant" in result.stderr
+    assert "Traceback" not in result.stderr
+
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == [
+        "embeddings.csv",
+        *("one/scan/features.nii.gz", "one/scan/figure.png", "two/features.nii.gz", "two/figure.png"),
+    ]
+    assert nib.load(out / "one" / "scan" / "features.nii.gz").shape == (7, 5, 2, 48)
+    rows = list(csv.DictReader((out / "embeddings.csv").open()))
+    assert [row["case"] for row in rows] == ["one/scan", "two"]
+    assert len(rows[0]) == 49
+
+
+@pytest.mark.slow
+def test_inference_without_weights_ends_with_a_message(cohort, tmp_path):
+    result = infer(dataset_dir=cohort, output_dir=tmp_path, checkpoint=tmp_path / "gone.pt")
+    assert result.returncode == 1
+    assert f"error: there is no checkpoint at {tmp_path / 'gone.pt'}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_inference_config_is_complete_and_documents_every_knob(cohort, tmp_path, checkpoint):
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs" / "inference.json"),
+        workflow_type="infer",
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        checkpoint=str(checkpoint),
+        **ENCODER_KNOBS,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    config = json.loads((ROOT / "configs" / "inference.json").read_text())
+    names = list(config)
+    assert names[names.index("bundle_root") : names.index("intensities")] == [
+        *("bundle_root", "dataset_dir", "output_dir", "checkpoint"),
+        *(name for name in names if name in config["_knobs_"] and name not in
+          ("bundle_root", "dataset_dir", "output_dir", "checkpoint")),
+    ]  # fmt: skip
+    assert config["_knobs_"].keys() <= config.keys()

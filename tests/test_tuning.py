@@ -1,0 +1,181 @@
+"""Promises of stem tuning."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny
+from monai.bundle import ConfigWorkflow
+
+from scripts import BertsWinEncoder, BertsWinMAE
+from scripts.tuning import StemTuning, StemTuningLoss, load_original, summarise
+
+CONFIGS = ROOT / "configs"
+PRETRAINING_ONLY = ("mask_ratio",)
+
+
+def tuning(stem="keep", objective="distillation", **settings):
+    return StemTuning(tiny(**settings), stem, TINY | settings, objective)
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "distillation", "both"])
+def test_only_the_stem_learns(objective):
+    network = tuning(objective=objective).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    volume = noise(2, 1, 32, 32, 32)
+    target = StemTuningLoss(objective)(network(volume), noise(2, 64, 512))
+    target.backward()
+    optimizer.step()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in network.parameters())
+    assert any(
+        not torch.equal(tuned, original)
+        for tuned, original in zip(network.stem.parameters(), network.original.encoder.stem.parameters(), strict=True)
+    )
+    network.check_frozen()
+
+
+def test_a_changed_frozen_weight_is_found():
+    network = tuning()
+    with torch.no_grad():
+        network.network.decoder.head[6].bias.add_(1e-6)
+    with pytest.raises(RuntimeError, match=r"1 frozen weights changed .*, the first one decoder\.head\.6"):
+        network.check_frozen()
+
+
+@torch.no_grad()
+def test_the_target_is_the_original_stem_in_patch_mode_also_when_the_stem_is_swapped(caplog):
+    caplog.set_level("INFO")
+    network, volume = tuning(stem="strict").eval(), noise(1, 1, 32, 32, 32)
+    out = network(volume)
+    assert torch.equal(out["patch_features"], tiny().extract_features(volume))
+    assert network.stem.stages[0][0].kernel_size == (2, 2, 2)
+    assert network.original.encoder.stem.stages[0][0].kernel_size == (3, 3, 3)
+    assert torch.equal(network.network.mask_token, network.original.mask_token)
+    assert "new, as the stem is a fresh strict one: encoder.stem.proj.bias, encoder.stem.proj.weight" in caplog.text
+    network.check_frozen()
+
+
+def test_distillation_counts_in_variances_of_the_goal():
+    goal = noise(2, 4, 3, 3, 3)
+    constant = goal.mean(dim=(0, 2, 3, 4), keepdim=True).expand_as(goal)
+    loss = StemTuningLoss("distillation")
+    assert loss({"features": goal, "patch_features": goal}, goal) == 0
+    assert loss({"features": constant, "patch_features": goal}, goal).item() == pytest.approx(1, abs=1e-5)
+    scaled = loss({"features": 5 * constant, "patch_features": 5 * goal}, goal).item()
+    assert scaled == pytest.approx(1, abs=1e-5)
+
+
+def test_the_kind_of_stem_is_read_off_the_weights(tmp_path):
+    for strict in (False, True):
+        model = tiny(strict_stem=strict)
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        loaded = load_original(tmp_path / "model.pt", TINY)
+        assert loaded.encoder.stem.stages[0][0].kernel_size == ((2,) * 3 if strict else (3,) * 3)
+        assert torch.equal(loaded.mask_token, model.mask_token)
+
+
+def test_a_summary_compares_the_best_validation_with_the_untuned_network():
+    def record(epoch, objective, cosine, volumetric):
+        return {"epoch": epoch, "val_objective": objective, "val_feature_cosine": cosine,
+                "val_volumetric": volumetric, "val_patch_mode": 0.3}  # fmt: skip
+
+    report = summarise([record(0, 2.0, 0.5, 0.8), record(1, 0.1, 0.9, 0.4), record(2, 0.2, 0.8, 0.2)])
+    assert report == {
+        "patch_mode": 0.3,
+        "volumetric_before": 0.8,
+        "volumetric_after": 0.4,
+        "feature_cosine_before": 0.5,
+        "feature_cosine_after": 0.9,
+        "gap_closed": pytest.approx(0.8),
+        "best_epoch": 1,
+    }
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(
+        ValueError, match=r"objective 'fast' must be one of \('reconstruction', 'distillation', 'both'\)"
+    ):
+        StemTuningLoss("fast")
+    with pytest.raises(ValueError, match="stem 'new' must be 'keep' or 'strict'"):
+        tuning(stem="new")
+
+
+def test_the_configs_agree_on_what_they_share():
+    train, tune = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("train.yaml", "tune_stem.yaml"))
+    inference = json.loads((CONFIGS / "inference.json").read_text())
+    for name in ("imports", "bundle_root", "sample", "cases", "intensities", "geometry", "cropping", "preparation"):
+        assert train[name] == tune[name], name
+    for part in ("random_transforms", "preprocessing", "dataset", "sampler", "dataloader", "inferer"):
+        assert train["train"][part] == tune["train"][part], part
+    for part in ("preprocessing", "crop", "dataset", "dataloader", "evaluator"):
+        assert train["validate"][part] == tune["validate"][part], part
+    assert inference["intensities"] == train["intensities"]
+    assert inference["bundle_root"] == train["bundle_root"]
+    assert [step for step in inference["loading"] if "scripts" not in step["_target_"]] == train["geometry"]
+    network = {k: v for k, v in train["network_def"].items() if not k.startswith(("decoder", "mask_ratio"))}
+    assert inference["network_def"] == network | {"_target_": "scripts.encoder.BertsWinEncoder"}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pretrained") / "model.pt"
+    torch.save(tiny().state_dict(), path)
+    return path
+
+
+def tune(**knobs):
+    files = str([str(CONFIGS / "tune_stem.yaml"), str(CONFIGS / "small.yaml")])
+    return bundle("run", "tuning", "--config_file", files, **(TINY_KNOBS | knobs))
+
+
+def test_check_properties_finds_nothing_missing(cohort, tmp_path, pretrained):
+    knobs = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}
+    workflow = ConfigWorkflow(
+        [str(CONFIGS / "tune_stem.yaml"), str(CONFIGS / "small.yaml")],
+        workflow_type="train",
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        pretrained=str(pretrained),
+        **knobs,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stem", "objective"), [("keep", "distillation"), ("strict", "both"), ("keep", "reconstruction")]
+)
+def test_tuning_leaves_a_report_a_network_and_an_encoder(cohort, tmp_path, pretrained, stem, objective):
+    settings = {"dataset_dir": cohort, "pretrained": pretrained, "stem": stem, "objective": objective}
+    result = tune(output_dir=tmp_path, **settings)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "stem_tuning.json").read_text())
+    assert report.keys() == {
+        *("patch_mode", "volumetric_before", "volumetric_after", "feature_cosine_before", "feature_cosine_after"),
+        *("gap_closed", "best_epoch", "objective"),
+    }
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [0, 1, 2]
+
+    strict = stem == "strict"
+    tuned = BertsWinMAE(**(TINY | {"strict_stem": strict}))
+    tuned.load_state_dict(torch.load(tmp_path / "checkpoints" / "model.pt", weights_only=True))
+    encoder = BertsWinEncoder(**{k: v for k, v in TINY.items() if not k.startswith("decoder")}, strict_stem=strict)
+    encoder.load_state_dict(torch.load(tmp_path / "checkpoints" / "encoder.pt", weights_only=True))
+    volume = noise(1, 1, 32, 32, 32)
+    assert torch.equal(encoder.eval()(volume), tuned.eval().encoder(volume))
+
+    resumed = tune(output_dir=tmp_path, resume="true", **(settings | {"max_epochs": 3}))
+    assert resumed.returncode == 0, resumed.stderr
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_tuning_without_pretrained_weights_ends_with_a_message(cohort, tmp_path):
+    result = tune(dataset_dir=cohort, output_dir=tmp_path)
+    assert result.returncode == 1
+    assert "error: give --pretrained" in result.stderr
+    assert "Traceback" not in result.stderr
