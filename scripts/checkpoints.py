@@ -7,12 +7,14 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Comparison",
+    "compare",
     "convert_reference_state_dict",
     "encoder_part",
     "load",
@@ -20,6 +22,8 @@ __all__ = [
     "load_state_dict",
     "save",
     "strip_prefixes",
+    "to_reference_state_dict",
+    "widen",
 ]
 
 # What wrappers put in front of every name: DistributedDataParallel and torch.compile.
@@ -100,6 +104,44 @@ def encoder_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
+class Comparison(NamedTuple):
+    """Which tensors of some weights fit a network, by name."""
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the weights fill the network, with nothing left over."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def __str__(self) -> str:
+        lists = (f"{len(names)} {what}{_examples(names)}" for what, names in self._asdict().items() if names)
+        return "; ".join(lists)
+
+
+def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Comparison:
+    """Compare the weights a network has with those it is offered.
+
+    Args:
+        ours: the network's state dict.
+        theirs: the offered one, under our names.
+    """
+    common = [name for name in ours if name in theirs]
+    return Comparison(
+        matched=[name for name in common if theirs[name].shape == ours[name].shape],
+        missing=[name for name in ours if name not in theirs],
+        unexpected=[name for name in theirs if name not in ours],
+        reshaped=[
+            f"{name} {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}"
+            for name in common
+            if theirs[name].shape != ours[name].shape
+        ],
+    )
+
+
 def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
     """Load a network's weights completely, or say what does not fit.
 
@@ -112,20 +154,9 @@ def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], source: s
         ValueError: when a name is missing, left over, or of another shape; the network is then unchanged.
     """
     theirs, ours = strip_prefixes(state_dict), network.state_dict()
-    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    reshaped = [
-        f"{name} {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}"
-        for name in ours.keys() & theirs.keys()
-        if theirs[name].shape != ours[name].shape
-    ]
-    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(reshaped)}
-    if any(wrong.values()):
-        report = "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-            for what, names in wrong.items()
-            if names
-        )
-        raise ValueError(f"the weights in {source} do not fit this network of {len(ours)} tensors: {report}")
+    comparison = compare(ours, theirs)
+    if not comparison.complete:
+        raise ValueError(f"the weights in {source} do not fit this network of {len(ours)} tensors: {comparison}")
     network.load_state_dict(theirs)
 
 
@@ -170,6 +201,84 @@ def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, 
             "expected names such as mask_token_enc, patch_embed.0.weight, features.0.0.attn.qkv.weight"
         )
     return converted
+
+
+def to_reference_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """Rename a network's weights for the authors' implementation: the inverse of :func:`convert_reference_state_dict`.
+
+    Args:
+        network: a :class:`~bertswin_mae.bertswin_mae.BertsWinMAE`.
+
+    Returns:
+        The same tensors under the authors' names, and what their state dict holds beside: positions
+        ``(1, N, C)`` and relative position indices.
+    """
+    encoder, weights = network.encoder, network.state_dict()
+    flat_stem = not encoder.strict_stem
+    names = {}
+    for block in range(len(encoder.swin.blocks)):
+        for ours, theirs in (("mlp.linear1", "mlp.0"), ("mlp.linear2", "mlp.3")):
+            names[f"encoder.swin.blocks.{block}.{ours}."] = f"features.0.{block}.{theirs}."
+        names[f"encoder.swin.blocks.{block}."] = f"features.0.{block}."
+    if flat_stem:
+        num_stages = len(encoder.stem.stages)
+        for stage in range(num_stages):
+            for part in (0, 1):
+                names[f"encoder.stem.stages.{stage}.{part}."] = f"patch_embed.{3 * stage + part}."
+        names["encoder.stem.proj."] = f"patch_embed.{3 * num_stages}."
+    names |= {
+        "encoder.stem.": "patch_embed.",
+        "decoder.embed.": "decoder_embed.",
+        "decoder.head.": "decoder_head.",
+        "mask_token": "mask_token_enc",
+    }
+    renamed = {}
+    for name, value in weights.items():
+        ours = next(prefix for prefix in names if name.startswith(prefix))
+        renamed[names[ours] + name.removeprefix(ours)] = value
+    renamed["pos_embed"] = encoder.positions.flatten(2).mT.contiguous()
+    for number, block in enumerate(encoder.swin.blocks):
+        renamed[f"features.0.{number}.attn.relative_position_index"] = block.attn.relative_position_index
+    return renamed
+
+
+def widen(state_dict: Mapping[str, Tensor], in_chans: int, spread: str) -> dict[str, Tensor]:
+    """Make weights for a network of several input channels from those of one.
+
+    Args:
+        state_dict: flat weights of a one-channel network, or of its encoder alone.
+        in_chans: channels of the wide network.
+        spread: ``mean``: every channel gets an equal share of the stem's first kernel; ``first``: the first channel
+            gets all of it.
+
+    Returns:
+        The wide weights; a decoder rebuilds every channel as it did the one.
+
+    Raises:
+        ValueError: for another ``spread``, or weights that are not of one channel.
+    """
+    if spread not in ("mean", "first"):
+        raise ValueError(f"spread {spread!r} must be 'mean' or 'first'")
+    first = next((name for name in state_dict if name.endswith("stem.stages.0.0.weight")), None)
+    if first is None or state_dict[first].shape[1] != 1:
+        found = "no stem" if first is None else f"{state_dict[first].shape[1]} input channels"
+        raise ValueError(f"only weights of one input channel can be widened; these have {found}")
+    wide = dict(state_dict)
+    share = torch.full((1, in_chans, 1, 1, 1), 1 / in_chans)
+    if spread == "first":
+        share = torch.eye(in_chans)[:1, :, None, None, None]
+    wide[first] = state_dict[first] * share
+    if "decoder.head.6.weight" in wide:
+        # A ConvTranspose3d keeps its output channels second, as a Conv3d (kernel 1, for small patches) its input's.
+        kernel = wide["decoder.head.6.weight"]
+        repeats = (1, in_chans, 1, 1, 1) if kernel.shape[1] == 1 else (in_chans, 1, 1, 1, 1)
+        wide["decoder.head.6.weight"] = kernel.repeat(repeats)
+        wide["decoder.head.6.bias"] = wide["decoder.head.6.bias"].repeat(in_chans)
+    return wide
+
+
+def _examples(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def _reference_name(name: str, num_stages: int) -> str | None:

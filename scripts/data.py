@@ -85,7 +85,8 @@ def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
 
     Returns:
         ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
-        is a dict of ``image`` (path) and ``case``: its path below the dataset, without suffix.
+        is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix; and ``label`` (path) where
+        a datalist names one.
 
     Raises:
         ValueError: when nothing is there, a listed file is missing, or two files share one case name.
@@ -97,14 +98,10 @@ def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
         raise ValueError(f"dataset_dir {source} does not exist: give a folder of volumes or a datalist JSON")
     datalist = source / "dataset.json" if source.is_dir() else source
     if datalist.is_file():
-        folds = _read_datalist(datalist)
-        root = datalist.parent
+        cases = _read_datalist(datalist)
     else:
-        root = source
-        folds = {"training": sorted(path for path in source.rglob("*") if _is_volume(path.relative_to(source)))}
-    cases = {
-        fold: [{"image": str(path), "case": _case_name(path, root)} for path in paths] for fold, paths in folds.items()
-    }
+        paths = sorted(path for path in source.rglob("*") if _is_volume(path.relative_to(source)))
+        cases = {"training": [{"image": str(path), "case": _case_name(path, source)} for path in paths]}
     listed = [case for fold in cases.values() for case in fold]
     if not listed:
         raise ValueError(f"{source} holds no volume: looked for {', '.join('*' + suffix for suffix in SUFFIXES)}")
@@ -227,7 +224,7 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
     }
 
 
-def _read_datalist(datalist: Path) -> dict[str, list[Path]]:
+def _read_datalist(datalist: Path) -> dict[str, list[Case]]:
     try:
         content = json.loads(datalist.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -237,14 +234,20 @@ def _read_datalist(datalist: Path) -> dict[str, list[Path]]:
     folds = {}
     for fold in ("training", "validation"):
         if fold in content:
-            items = load_decathlon_datalist(datalist, is_segmentation=False, data_list_key=fold)
+            # As a segmentation's, so that MONAI completes the paths of labels too.
+            items = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
             if wrong := [item for item in items if not isinstance(item.get("image"), str)]:
                 raise ValueError(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
             folds[fold] = items
     if "validation" not in folds and any("fold" in item for item in folds["training"]):
         folds["validation"] = [item for item in folds["training"] if item.get("fold") == 0]
         folds["training"] = [item for item in folds["training"] if item.get("fold") != 0]
-    return {fold: [Path(item["image"]) for item in items] for fold, items in folds.items()}
+    return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
+
+
+def _listed_case(item: dict[str, Any], root: Path) -> Case:
+    label = {"label": str(item["label"])} if Path(str(item.get("label", ""))).is_file() else {}
+    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label}
 
 
 def _is_volume(path: Path) -> bool:

@@ -150,6 +150,7 @@ class BertsWinEncoder(nn.Module):
         super().__init__()
         self.img_size: tuple[int, int, int] = ensure_tuple_rep(img_size, 3)
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, encoder_embed_dim
+        self.strict_stem = strict_stem
         window_size = ensure_tuple_rep(swin_window_size, 3)
         depth, num_heads = _only("encoder_depths", encoder_depths), _only("encoder_num_heads", encoder_num_heads)
         self.stem = PatchStem(patch_size, in_chans, stem_base_dim, encoder_embed_dim, strict_stem, blockwise_norm)

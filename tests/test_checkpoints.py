@@ -1,12 +1,15 @@
 """Promises of weights on disk."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import tiny
+import yaml
+from conftest import ROOT, SHARED, TINY_KNOBS, noise, tiny
 
-from scripts import checkpoints
+from scripts import BertsWinMAE, checkpoints
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -63,8 +66,83 @@ def test_weights_load_completely_or_not_at_all():
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(
         ValueError,
-        match=r"x\.pt do not fit this network of \d+ tensors: 1 missing \(mask_token\); 1 unexpected \(extra\); "
-        r"1 of another shape \(decoder\.embed\.bias \(7,\) instead of \(32,\)\)",
+        match=r"x\.pt do not fit this network of \d+ tensors: \d+ matched \(.*…\); 1 missing \(mask_token\); "
+        r"1 unexpected \(extra\); 1 reshaped \(decoder\.embed\.bias \(7,\) instead of \(32,\)\)",
     ):
         checkpoints.load_network(target, spoilt, "x.pt")
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("path", sorted((SHARED / "fixtures").glob("reference_*.pt")), ids=lambda path: path.stem)
+def test_conversion_to_the_authors_names_and_back_loses_nothing(path):
+    reference = torch.load(path, weights_only=True)
+    network = BertsWinMAE(**reference["config"])
+    network.load_state_dict(checkpoints.convert_reference_state_dict(reference["state_dict"]))
+    back = checkpoints.to_reference_state_dict(network)
+    assert back.keys() == reference["state_dict"].keys()
+    for name, value in back.items():
+        torch.testing.assert_close(value, reference["state_dict"][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strict_stem", [False, True])
+@pytest.mark.parametrize("patch_size", [4, 8])
+def test_every_weight_has_an_authors_name(strict_stem, patch_size):
+    network = tiny(strict_stem=strict_stem, patch_size=patch_size)
+    back = checkpoints.convert_reference_state_dict(checkpoints.to_reference_state_dict(network))
+    assert all(torch.equal(back[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("patch_size", [4, 8])  # the decoder ends in a Conv3d, in a ConvTranspose3d
+@torch.no_grad()
+def test_a_widened_network_sees_equal_channels_as_it_saw_one(patch_size):
+    narrow, wide = (tiny(in_chans=channels, patch_size=patch_size) for channels in (1, 3))
+    volume, num_patches = noise(1, 1, 32, 32, 32), narrow.encoder.num_patches
+    shown = torch.zeros(1, num_patches, dtype=torch.bool)
+    expected = narrow(volume, masked=shown)["reconstructed_cube"].expand(-1, 3, -1, -1, -1)
+    wide.load_state_dict(checkpoints.widen(narrow.state_dict(), 3, "mean"))
+    torch.testing.assert_close(wide(volume.expand(-1, 3, -1, -1, -1), masked=shown)["reconstructed_cube"], expected)
+    wide.load_state_dict(checkpoints.widen(narrow.state_dict(), 3, "first"))
+    noisy = torch.cat([volume, noise(1, 2, 32, 32, 32, seed=1)], dim=1)
+    torch.testing.assert_close(wide(noisy, masked=shown)["reconstructed_cube"], expected)
+
+
+def test_widening_is_never_a_guess():
+    with pytest.raises(ValueError, match="spread 'copy' must be 'mean' or 'first'"):
+        checkpoints.widen(tiny().state_dict(), 3, "copy")
+    with pytest.raises(ValueError, match="only weights of one input channel can be widened; these have 2 input"):
+        checkpoints.widen(tiny(in_chans=2).state_dict(), 3, "mean")
+
+
+def convert(*arguments):
+    command = [sys.executable, "-m", "scripts.convert", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+
+
+def test_the_command_converts_a_training_state_and_back_and_accounts_for_every_tensor(tmp_path):
+    config, network = tmp_path / "net.yaml", tiny()
+    config.write_text(yaml.safe_dump(TINY_KNOBS))
+    theirs = {f"module.{name}": value for name, value in checkpoints.to_reference_state_dict(network).items()}
+    torch.save({"model_state_dict": theirs, "epoch": 3}, tmp_path / "authors.pt")
+    flags = ("--config_file", config)
+    there = convert("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", *flags)
+    assert there.returncode == 0, there.stderr
+    assert f"{len(network.state_dict())} matched" in there.stdout
+    back = convert("to_authors", tmp_path / "model.pt", tmp_path / "back.pt", *flags)
+    assert back.returncode == 0, back.stderr
+    returned = torch.load(tmp_path / "back.pt", weights_only=True)["model_state_dict"]
+    assert returned.keys() == {name.removeprefix("module.") for name in theirs}
+    wide = convert("widen", tmp_path / "model.pt", tmp_path / "wide.pt", "--in_chans", 2, "--spread", "mean")
+    assert wide.returncode == 0, wide.stderr
+    tiny(in_chans=2).load_state_dict(torch.load(tmp_path / "wide.pt", weights_only=True))
+
+
+def test_the_command_refuses_to_finish_when_a_weight_is_missing(tmp_path):
+    config, theirs = tmp_path / "net.yaml", checkpoints.to_reference_state_dict(tiny())
+    config.write_text(yaml.safe_dump(TINY_KNOBS))
+    del theirs["features.0.1.mlp.3.bias"]
+    torch.save(theirs, tmp_path / "authors.pt")
+    result = convert("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", "--config_file", config)
+    assert result.returncode == 1
+    assert "1 missing (encoder.swin.blocks.1.mlp.linear2.bias)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "model.pt").exists()

@@ -1,0 +1,105 @@
+"""Promises of MONAI's tools on this bundle: verify, export, load."""
+
+import shutil
+
+import monai.bundle
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, bundle, noise
+
+from scripts import bertswin_mae_small_patch8_48x64x48
+
+CONFIG, META = "configs/inference.json", "configs/metadata.json"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(3)
+    return bertswin_mae_small_patch8_48x64x48().encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(encoder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(encoder.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return noise(1, 1, 48, 64, 48)
+
+
+def agrees(output, encoder, volume, tolerance):
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(output), encoder(volume), rtol=tolerance, atol=tolerance)
+
+
+def test_verify_net_in_out_agrees_with_the_metadata():
+    result = bundle(
+        "verify_net_in_out", "--net_id", "network_def", "--config_file", CONFIG, "--meta_file", META, device="cpu"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "data shape of network is verified with no error" in result.stdout + result.stderr
+
+
+def test_ckpt_export_writes_a_torchscript_that_computes_the_same(weights, encoder, volume, tmp_path):
+    result = bundle(
+        *(
+            "ckpt_export",
+            "--net_id",
+            "network_def",
+            "--config_file",
+            CONFIG,
+            "--meta_file",
+            META,
+            "--use_trace",
+            "True",
+        ),
+        ckpt_file=weights,
+        filepath=tmp_path / "model.ts",
+    )
+    assert result.returncode == 0, result.stderr
+    script, metadata, _ = monai.data.load_net_with_metadata(tmp_path / "model.ts", map_location="cpu")
+    with torch.no_grad():
+        agrees(script(volume), encoder, volume, 1e-5)
+        agrees(script(volume.repeat(2, 1, 1, 1, 1))[:1], encoder, volume, 1e-5)
+    assert metadata["name"] == "BertsWinMAE"
+
+
+def test_onnx_export_agrees_with_onnxruntime(weights, encoder, volume, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    result = bundle(
+        *("onnx_export", "--net_id", "network_def", "--config_file", CONFIG, "--meta_file", META),
+        ckpt_file=weights,
+        filepath=tmp_path / "model.onnx",
+    )
+    assert result.returncode == 0, result.stderr
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: volume.numpy()})
+    assert output.dtype == np.float32
+    agrees(output, encoder, volume, 1e-4)
+
+
+@pytest.mark.parametrize("blockwise_norm", [False, True])
+def test_torch_export_captures_the_encoder(volume, blockwise_norm):
+    torch.manual_seed(3)
+    encoder = bertswin_mae_small_patch8_48x64x48(strict_stem=blockwise_norm, blockwise_norm=blockwise_norm).encoder
+    program = torch.export.export(encoder.eval(), (volume,))
+    other = noise(1, 1, 48, 64, 48, seed=1)
+    agrees(program.module()(other), encoder, other, 1e-5)
+
+
+def test_bundle_load_returns_the_network_with_the_checkpoints_weights(weights, encoder, volume, tmp_path, monkeypatch):
+    folder = tmp_path / "bundles" / "bertswin_mae"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "data", "tests", "models"))
+    (folder / "models").mkdir()
+    shutil.copy(weights, folder / "models" / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    network = monai.bundle.load("bertswin_mae", bundle_dir=str(tmp_path / "bundles"), source="github", device="cpu")
+    loaded = network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in encoder.state_dict().items())
+    with torch.no_grad():
+        agrees(network.eval()(volume), encoder, volume, 1e-6)
