@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
+from .data import reason
 from .engine import NonFiniteLossError
 from .handlers import TRAINING_STATE
 
-__all__ = ["check_knobs", "refuse_overwriting", "show_mistakes_kindly"]
+__all__ = ["check_device", "check_knobs", "check_output", "show_mistakes_kindly"]
 
 # What `--tracking mlflow` adds to a config.
 TRACKING_KNOBS = {
     knob for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for knob in tool["configs"].keys() - tool["handlers_id"]
 }
+# Lists of numbers that may have any length; all others have that of the config's own.
+FREE_LENGTH = {"flip_axes"}
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def check_knobs(config_file: str | Path, choices: dict[str, list[Any]] | None = None) -> None:
+def check_knobs(
+    config_file: str | Path,
+    choices: dict[str, list[Any]] | None = None,
+    minimums: dict[str, float] | None = None,
+    optional: Sequence[str] = (),
+) -> None:
     """Check the overrides of a run against the config they override; for the config's ``initialize``.
 
     Booleans may be spelt as in YAML (the command line of MONAI hands ``true`` over as text).
@@ -34,11 +45,13 @@ def check_knobs(config_file: str | Path, choices: dict[str, list[Any]] | None = 
     Args:
         config_file: the bundle's own config of this workflow: its top-level names are the valid knobs, and the types
             of its plain values the valid types.
-        choices: the valid values of some knobs.
+        choices: the valid values of some knobs, or of the entries of their lists.
+        minimums: the smallest valid values of some knobs.
+        optional: knobs that may be null although the config gives them a value.
 
     Raises:
         ValueError: for a name that neither the config nor anything in the run knows, with the nearest valid one; for
-            a value of another type; or for one that is not among the choices.
+            a value of another type; for one that is not among the choices, or too small.
     """
     show_mistakes_kindly()
     parser = _calling_parser()
@@ -47,7 +60,10 @@ def check_knobs(config_file: str | Path, choices: dict[str, list[Any]] | None = 
         if name == "_meta_" or name in TRACKING_KNOBS:
             continue
         if name in defaults:
-            checked = _checked(name, value, defaults[name], (choices or {}).get(name))
+            if _is_expression(value) or (value is None and name in optional):
+                continue
+            checked = _typed(name, value, defaults[name])
+            _check_value(name, checked, (choices or {}).get(name), (minimums or {}).get(name))
             if checked is not value:
                 parser[name] = checked
         elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, Path(config_file)):
@@ -55,20 +71,48 @@ def check_knobs(config_file: str | Path, choices: dict[str, list[Any]] | None = 
             raise ValueError(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {config_file}")
 
 
-def refuse_overwriting(ckpt_dir: str | Path, resume: bool) -> None:
-    """Refuse to start over where an earlier run left its state.
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that is not there, before anything is read.
 
     Raises:
-        ValueError: when ``ckpt_dir`` holds a training state and the run is not to resume it.
+        ValueError: naming one that is.
     """
-    if not resume and (state := Path(ckpt_dir) / TRAINING_STATE).exists():
-        raise ValueError(
-            f"{state} is left from an earlier run: continue it with --resume true, or choose another --output_dir"
-        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device {device} cannot be used ({reason(error)}); --device {here} would do") from error
+
+
+def check_output(folders: Sequence[str | Path], resume: bool | None = None) -> None:
+    """Refuse, before anything is read, to write where that is not possible or would overwrite an earlier run.
+
+    Args:
+        folders: that the run writes to.
+        resume: of a training run: whether it is to continue the one that left its state there.
+
+    Raises:
+        ValueError: saying which folder, and what would do.
+    """
+    for folder in map(Path, folders):
+        if folder.parts[:1] == ("~",):
+            raise ValueError(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} cannot be written to ({there} is no folder, or not yours): choose another one")
+        if resume is False and (state := folder / TRAINING_STATE).exists():
+            raise ValueError(
+                f"{state} is left from an earlier run: continue it with --resume true, or choose another --output_dir"
+            )
 
 
 def show_mistakes_kindly() -> None:
-    """End the program with the message alone when the mistake is the user's, with a traceback when it is ours."""
+    """End the program with the message alone when the mistake is the user's, with a traceback when it is ours.
+
+    In a run of ``python -m monai.bundle`` only: a program that uses the bundle keeps its own ways.
+    """
+    if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
+        return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         link: BaseException | None = error
@@ -99,21 +143,37 @@ def _calling_parser() -> ConfigParser:
     raise RuntimeError("check_knobs works inside a MONAI bundle config only")
 
 
-def _checked(name: str, value: Any, default: Any, valid: list[Any] | None) -> Any:
-    """Return an override in the type of the config's own value."""
-    is_expression = isinstance(value, str) and value[:1] in ("$", "@", "%")
-    if value is default or is_expression:
-        return value
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] in ("$", "@", "%")
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """Return an override in the type of the config's own value; anything goes where that is null or no plain value."""
     if isinstance(default, bool):
         value = TRUTH.get(str(value).lower(), value)
-    kinds = {bool: bool, int: int, float: (int, float), list: (list, tuple)}.get(type(default))
-    wrong_kind = kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool) is not (kinds is bool))
-    if wrong_kind and not (value is None and not isinstance(default, bool)):
+    is_numbers = isinstance(default, list) and all(isinstance(entry, int | float) for entry in default)
+    if is_numbers and isinstance(value, list | tuple):
+        fits = len(value) == len(default) or name in FREE_LENGTH
+        if not fits or not all(_is_a(type(default[0]), entry) or _is_expression(entry) for entry in value):
+            raise ValueError(f"{name} is {list(value)} but must be a list like {default}")
+    elif (is_numbers or type(default) in (bool, int, float)) and not _is_a(type(default), value):
         raise ValueError(f"{name} is {value!r} but must be of type {type(default).__name__}, for example {default!r}")
-    if valid is not None and value not in valid:
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in valid], n=1, cutoff=0)
-        raise ValueError(f"{name} is {value!r} but must be one of {valid}: did you mean {near[0]}?")
     return value
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _check_value(name: str, value: Any, valid: list[Any] | None, minimum: float | None) -> None:
+    if minimum is not None and value is not None and value < minimum:
+        raise ValueError(f"{name} is {value} but must be at least {minimum}")
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        if valid is not None and entry not in valid:
+            near = difflib.get_close_matches(str(entry), [str(choice) for choice in valid], n=1, cutoff=0)
+            raise ValueError(f"{name} is {entry!r} but must be one of {valid}: did you mean {near[0]}?")
 
 
 def _is_of_an_overlay(name: str, value: Any, config_file: Path) -> bool:

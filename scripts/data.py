@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from monai.data import load_decathlon_datalist
-from monai.transforms import LoadImage
+from monai.transforms import EnsureChannelFirst, LoadImage
 from tqdm import tqdm
 
 __all__ = [
+    "case_seed",
     "check_cases",
     "find_cases",
     "list_cases",
@@ -30,8 +32,19 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+# Folders and files of these names hold labels, in a folder without a datalist.
+LABEL_NAMES = {
+    *("label", "labels", "labelstr", "labelsts", "labelsva"),
+    *("mask", "masks", "seg", "segs", "segmentation", "segmentations"),
+}
 # A CT reaches air (-1000 HU) or at least lung and gut gas; what has no voxel below this is on another scale.
 CT_NEEDS_BELOW_HU = -200
+# Below this there is air, and nothing to learn from.
+CT_NEEDS_ABOVE_HU = -500
+# The window of the MR intensities; a volume in which both ends coincide has nothing but its background in it.
+MR_PERCENTILES = (0.5, 99.5)
+# A label map has few whole numbers; an image, however coarse, has more.
+LABEL_MAP_VALUES = 8
 
 Case = dict[str, Any]
 
@@ -39,8 +52,8 @@ Case = dict[str, Any]
 def prepare_cases(
     dataset_dir: str | Path | Callable[[], str | Path],
     modality: str,
+    in_chans: int = 1,
     val_fraction: float = 0.2,
-    seed: int = 0,
     skip_invalid: bool = False,
     num_threads: int = 4,
 ) -> dict[str, list[Case]]:
@@ -50,28 +63,28 @@ def prepare_cases(
         dataset_dir: a Medical Segmentation Decathlon folder, any folder with volumes at any depth, a MONAI datalist
             JSON, or a function that returns one of these.
         modality: ``ct`` (Hounsfield units) or ``mr``.
+        in_chans: channels a volume must have.
         val_fraction: share of the cases to validate on, where the data does not say.
-        seed: fixes the masks that validation uses.
         skip_invalid: leave out volumes that cannot be used, instead of ending the run.
         num_threads: volumes read at once while checking.
 
     Returns:
-        ``training`` and ``validation``, each a list of ``image`` (path), ``case`` (name) and ``seed``.
+        ``training`` and ``validation``; see :func:`find_cases`.
 
     Raises:
         ValueError: when there is nothing to train on; the message says what was found.
     """
     folds = find_cases(dataset_dir() if callable(dataset_dir) else dataset_dir)
-    usable = check_cases([case for fold in folds.values() for case in fold], modality, skip_invalid, num_threads)
-    names = {case["case"] for case in usable}
-    folds = {fold: [case for case in cases if case["case"] in names] for fold, cases in folds.items()}
+    listed = [case for fold in folds.values() for case in fold]
+    usable = {case["case"] for case in check_cases(listed, modality, in_chans, skip_invalid, num_threads)}
+    folds = {fold: [case for case in cases if case["case"] in usable] for fold, cases in folds.items()}
     if "validation" not in folds:
         folds = split_cases(folds["training"], val_fraction)
     for fold, cases in folds.items():
         if not cases:
-            raise ValueError(f"no volume is left for {fold} of the {len(names)} usable ones in {dataset_dir}: add some")
-        for case in cases:
-            case["seed"] = _hash(case["case"], salt=str(seed)) >> 1  # fits a signed 64-bit integer
+            raise ValueError(
+                f"no volume is left for {fold} of the {len(usable)} usable ones in {dataset_dir}: add some"
+            )
     logger.info("%d volumes to train on, %d to validate on", len(folds["training"]), len(folds["validation"]))
     return folds
 
@@ -81,34 +94,36 @@ def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
 
     Args:
         dataset_dir: a folder with a Decathlon ``dataset.json``, a MONAI datalist JSON, or a folder of NIfTI, NRRD
-            or MHA files at any depth. In a plain folder, hidden files and folders named ``labels…`` are passed over.
+            or MHA files at any depth. In a plain folder, hidden files and what is named after labels or masks are
+            passed over.
 
     Returns:
         ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
-        is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix; and ``label`` (path) where
-        a datalist names one.
+        is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix (so that the split by
+        name is the same wherever the dataset lies); and ``label`` (path) where a datalist names one.
 
     Raises:
         ValueError: when nothing is there, a listed file is missing, or two files share one case name.
     """
     if dataset_dir is None:
         raise ValueError("give --dataset_dir, a folder of volumes or a datalist JSON")
-    source = Path(dataset_dir).expanduser()
+    source = Path(str(dataset_dir)).expanduser()
     if not source.exists():
         raise ValueError(f"dataset_dir {source} does not exist: give a folder of volumes or a datalist JSON")
-    datalist = source / "dataset.json" if source.is_dir() else source
-    if datalist.is_file():
-        cases = _read_datalist(datalist)
-    else:
-        paths = sorted(path for path in source.rglob("*") if _is_volume(path.relative_to(source)))
+    cases = _read_datalist(source / "dataset.json" if source.is_dir() else source, required=not source.is_dir())
+    if cases is None:
+        paths = _volumes_below(source)
         cases = {"training": [{"image": str(path), "case": _case_name(path, source)} for path in paths]}
     listed = [case for fold in cases.values() for case in fold]
     if not listed:
         raise ValueError(f"{source} holds no volume: looked for {', '.join('*' + suffix for suffix in SUFFIXES)}")
     if missing := [case["image"] for case in listed if not Path(case["image"]).is_file()]:
-        raise ValueError(f"{datalist} lists {len(missing)} files that do not exist, the first one {missing[0]}")
+        raise ValueError(f"{source} lists {len(missing)} files that do not exist, the first one {missing[0]}")
     if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
-        raise ValueError(f"{source} holds several volumes named {', '.join(twins[:5])}: rename or remove the copies")
+        raise ValueError(
+            f"{source} has several volumes named {', '.join(twins[:5])}: each may be there once, in one list and one "
+            "format"
+        )
     return cases
 
 
@@ -117,12 +132,15 @@ def list_cases(dataset_dir: str | Path | None) -> list[Case]:
     return [case for fold in find_cases(dataset_dir).values() for case in fold]
 
 
-def check_cases(cases: Sequence[Case], modality: str, skip_invalid: bool = False, num_threads: int = 4) -> list[Case]:
+def check_cases(
+    cases: Sequence[Case], modality: str, in_chans: int = 1, skip_invalid: bool = False, num_threads: int = 4
+) -> list[Case]:
     """Read every volume once, before training, and sort out what cannot be used.
 
     Args:
         cases: from :func:`find_cases`.
         modality: ``ct`` or ``mr``.
+        in_chans: channels a volume must have.
         skip_invalid: log the ones that cannot be used and go on without them.
         num_threads: volumes read at once.
 
@@ -133,7 +151,7 @@ def check_cases(cases: Sequence[Case], modality: str, skip_invalid: bool = False
         ValueError: naming each volume that cannot be used, and why, unless ``skip_invalid``; or when none is left.
     """
     with ThreadPoolExecutor(max(1, num_threads)) as threads:
-        checks = threads.map(lambda case: volume_problem(case["image"], modality), cases)
+        checks = threads.map(lambda case: volume_problem(case["image"], modality, in_chans), cases)
         # disable=None: no bar where nobody watches (a log file).
         bar = tqdm(checks, total=len(cases), desc="checking volumes", unit="volume", leave=False, disable=None)
         problems = list(bar)
@@ -152,48 +170,43 @@ def check_cases(cases: Sequence[Case], modality: str, skip_invalid: bool = False
     return usable
 
 
-def volume_problem(path: str | Path, modality: str) -> str | None:
+def volume_problem(path: str | Path, modality: str, in_chans: int = 1) -> str | None:
     """Say why a volume's file cannot be used, or None if it can."""
-    if Path(path).stat().st_size == 0:
-        return "the file is empty"
     try:
-        voxels = np.asarray(LoadImage(image_only=True, dtype=None)(path))
+        if Path(path).stat().st_size == 0:
+            return "the file is empty"
+        image = EnsureChannelFirst()(LoadImage(image_only=True, dtype=None)(path))
     except Exception as error:
         return f"cannot be read ({reason(error)})"
-    return voxel_problem(voxels, modality)
+    affine = np.asarray(image.affine)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        return f"has an affine that maps voxels to no place in space: {affine[:3].round(6).tolist()}"
+    return voxel_problem(np.asarray(image), modality, in_chans)
 
 
-def voxel_problem(voxels: np.ndarray, modality: str) -> str | None:
-    """Say why an array cannot be used as a volume, or None if it can."""
-    shape = voxels.shape
-    if voxels.ndim == 4 and shape[-1] == 1:  # a fourth axis of length one is a plain volume
-        voxels = voxels[..., 0]
-    if voxels.ndim != 3:
-        return f"has {voxels.ndim} dimensions {shape} where 3 are needed"
+def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str | None:
+    """Say why an array cannot be used as a volume, or None if it can.
+
+    Args:
+        voxels: ``(C, D, H, W)``.
+        modality: ``ct`` or ``mr``.
+        in_chans: what C must be.
+    """
+    channels, *shape = voxels.shape
+    if len(shape) == 4 and shape[-1] == 1:  # a last axis of length one says nothing
+        voxels, shape = voxels[..., 0], shape[:-1]
+    if len(shape) != 3:
+        return f"has {len(shape)} dimensions {tuple(shape)} where 3 are needed"
+    if channels != in_chans:
+        return f"has {channels} channels (or times) of {tuple(shape)} where in_chans is {in_chans}"
     if voxels.size == 0:
-        return f"holds no voxel (shape {shape})"
+        return f"holds no voxel (shape {tuple(shape)})"
     if voxels.dtype.names or not np.issubdtype(voxels.dtype, np.number) or np.iscomplexobj(voxels):
         return f"has voxels of type {voxels.dtype} where plain numbers are needed"
     if bad := int(voxels.size - np.isfinite(voxels).sum()):
         return f"has {bad} voxels that are NaN or infinite"
-    lowest, highest = voxels.min(), voxels.max()
-    if lowest == highest:
-        return f"is constant: every voxel is {lowest}"
-    if modality == "ct" and lowest > CT_NEEDS_BELOW_HU:
-        return (
-            f"is not in Hounsfield units: no voxel is below {CT_NEEDS_BELOW_HU} HU (air is -1000), the range is "
-            f"{lowest:g} to {highest:g}; for MR use --modality mr"
-        )
-    return None
-
-
-def reason(error: BaseException) -> str:
-    """Put an error into one line: of MONAI's long ones, the last that names an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror:" in line]
-    return (telling or lines or [type(error).__name__])[-1]
+    problems = (_channel_problem(channel, modality) for channel in voxels)
+    return next((problem for problem in problems if problem), None)
 
 
 def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Case]]:
@@ -224,25 +237,75 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
     }
 
 
-def _read_datalist(datalist: Path) -> dict[str, list[Case]]:
+def case_seed(case: str, seed: int) -> int:
+    """Derive a seed from a case's name and the run's: for what must be the same for a case every time."""
+    return _hash(f"{seed}/{case}") >> 1  # fits a signed 64-bit integer
+
+
+def reason(error: BaseException) -> str:
+    """Put an error into one line: of MONAI's long ones, the last that names an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "rror:" in line]
+    return (telling or lines or [type(error).__name__])[-1]
+
+
+def _channel_problem(voxels: np.ndarray, modality: str) -> str | None:
+    """Say why one channel cannot be used, or None if it can."""
+    lowest, highest = voxels.min(), voxels.max()
+    if lowest == highest:
+        return f"is constant: every voxel is {lowest}"
+    if modality == "ct" and lowest > CT_NEEDS_BELOW_HU:
+        return (
+            f"is not in Hounsfield units: no voxel is below {CT_NEEDS_BELOW_HU} HU (air is -1000), the range is "
+            f"{lowest:g} to {highest:g}; for MR use --modality mr"
+        )
+    if modality == "ct" and highest < CT_NEEDS_ABOVE_HU:
+        return (
+            f"holds nothing but air: no voxel is above {CT_NEEDS_ABOVE_HU} HU, the range is {lowest:g} to {highest:g}"
+        )
+    values = np.unique(voxels.ravel()[:: max(1, voxels.size // 100_000)])
+    if len(values) <= LABEL_MAP_VALUES and np.array_equal(values, values.round()):
+        return f"looks like a label map: its only values are {', '.join(f'{value:g}' for value in values)}"
+    if modality == "mr":
+        low, high = np.percentile(voxels, MR_PERCENTILES)
+        if low == high:
+            return f"is almost empty: {MR_PERCENTILES[1]} % of its voxels are {low:g}; crop it to what it shows"
+    return None
+
+
+def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | None:
+    """Read a datalist; None if there is none, or only a JSON of another kind, and none is required."""
+    if not datalist.is_file():
+        return None
     try:
         content = json.loads(datalist.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{datalist} is not a datalist in JSON: {error}") from error
-    if not isinstance(content, dict) or "training" not in content:
-        raise ValueError(f"{datalist} is not a MONAI datalist: it needs a list called 'training' of {{'image': path}}")
+    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
+        if required:
+            raise ValueError(
+                f"{datalist} is not a MONAI datalist: it needs a list called 'training' of {{'image': path}}"
+            )
+        logger.info("%s lists no training images: searching its folder instead", datalist)
+        return None
     folds = {}
     for fold in ("training", "validation"):
-        if fold in content:
-            # As a segmentation's, so that MONAI completes the paths of labels too.
-            items = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
-            if wrong := [item for item in items if not isinstance(item.get("image"), str)]:
+        if content.get(fold):
+            if wrong := [item for item in content[fold] if not _has_image(item)]:
                 raise ValueError(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
-            folds[fold] = items
-    if "validation" not in folds and any("fold" in item for item in folds["training"]):
-        folds["validation"] = [item for item in folds["training"] if item.get("fold") == 0]
-        folds["training"] = [item for item in folds["training"] if item.get("fold") != 0]
+            # As a segmentation's, so that MONAI completes the paths of labels too.
+            folds[fold] = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
+    training = folds.get("training", [])
+    if "validation" not in folds and any("fold" in item for item in training):
+        folds["validation"] = [item for item in training if str(item.get("fold")) == "0"]
+        folds["training"] = [item for item in training if str(item.get("fold")) != "0"]
     return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
+
+
+def _has_image(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("image"), str)
 
 
 def _listed_case(item: dict[str, Any], root: Path) -> Case:
@@ -250,18 +313,29 @@ def _listed_case(item: dict[str, Any], root: Path) -> Case:
     return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label}
 
 
-def _is_volume(path: Path) -> bool:
-    hidden_or_label = any(part.startswith(".") for part in path.parts) or any(
-        part.lower().startswith("label") for part in path.parts[:-1]
-    )
-    return path.name.lower().endswith(SUFFIXES) and not hidden_or_label
+def _volumes_below(root: Path) -> list[Path]:
+    """Find the volumes at any depth, through links too, in the order of their names."""
+    found, passed_over = [], 0
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        is_labels = any(part.lower() in LABEL_NAMES for part in Path(folder).relative_to(root).parts)
+        for name in files:
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                continue
+            if is_labels or name.lower().split(".")[0] in LABEL_NAMES:
+                passed_over += 1
+            else:
+                found.append(Path(folder) / name)
+    if passed_over:
+        logger.info("passed over %d files that are named after labels or masks", passed_over)
+    return sorted(found)
 
 
 def _case_name(path: Path, root: Path) -> str:
-    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix().lstrip("/")
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 
 
-def _hash(name: str, salt: str = "") -> int:
-    return int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "big")
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

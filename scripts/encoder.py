@@ -9,7 +9,7 @@ from itertools import pairwise
 from einops import rearrange
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
 from monai.networks.nets.swin_unetr import BasicLayer
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
 __all__ = ["BertsWinEncoder", "PatchStem", "initialise_weights", "sincos_positions"]
@@ -74,7 +74,7 @@ class PatchStem(nn.Module):
                 "blockwise_norm needs strict_stem=True: overlapping kernels see the neighbours of a patch, whatever "
                 "the norm"
             )
-        if patch_size not in PATCH_SIZES:
+        if patch_size not in PATCH_SIZES or not isinstance(patch_size, int):
             raise ValueError(f"patch_size {patch_size} must be a power of two from 2 to 64: one of {PATCH_SIZES}")
         if base_dim < 1 or base_dim % STEM_GROUPS:
             raise ValueError(
@@ -148,10 +148,10 @@ class BertsWinEncoder(nn.Module):
         blockwise_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.img_size: tuple[int, int, int] = ensure_tuple_rep(img_size, 3)
+        self.img_size = _three("img_size", img_size)
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, encoder_embed_dim
         self.strict_stem = strict_stem
-        window_size = ensure_tuple_rep(swin_window_size, 3)
+        window_size = _three("swin_window_size", swin_window_size)
         depth, num_heads = _only("encoder_depths", encoder_depths), _only("encoder_num_heads", encoder_num_heads)
         self.stem = PatchStem(patch_size, in_chans, stem_base_dim, encoder_embed_dim, strict_stem, blockwise_norm)
         _check_grid(self.img_size, patch_size, window_size)
@@ -279,9 +279,18 @@ def _next_multiple(value: int, factor: int) -> int:
     return max(1, -(-value // factor)) * factor
 
 
-def _only(name: str, values: Sequence[int]) -> int:
-    if len(values) != 1 or values[0] < 1:
-        example = next((value for value in values if value >= 1), 12)
+def _three(name: str, values: Sequence[int] | int) -> tuple[int, int, int]:
+    values = ensure_tuple(values)
+    if len(values) not in (1, 3) or not all(isinstance(value, int) for value in values):
+        example = (values[0] if isinstance(values[0], int) else 7,) * 3
+        raise ValueError(f"{name} {values} must be one whole number, or three for D, H and W, for example {example}")
+    return values * (3 // len(values))
+
+
+def _only(name: str, values: Sequence[int] | int) -> int:
+    values = ensure_tuple(values)
+    if len(values) != 1 or not isinstance(values[0], int) or values[0] < 1:
+        example = next((value for value in values if isinstance(value, int) and value >= 1), 12)
         raise ValueError(
             f"{name} {list(values)} must hold exactly one positive number, since the encoder works at one constant "
             f"resolution, for example [{example}]"

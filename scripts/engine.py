@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from monai.engines import PrepareBatch, SupervisedTrainer
@@ -13,6 +14,7 @@ from monai.inferers import SimpleInferer
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
+from .data import case_seed
 from .masking import patchify, random_masking
 
 __all__ = [
@@ -80,16 +82,22 @@ class AutocastInferer(SimpleInferer):
 class PrepareMaskedBatch(PrepareBatch):
     """Turn a batch of the data loader into the network's arguments, with a mask drawn from each volume's seed.
 
-    Training draws come with a seed of their own, validation cases with one that follows from their name: so the
-    mask is new at every draw in training, and the same at every epoch in validation.
+    Training draws come with a seed of their own; that of a validation case follows from its name. So the mask is new
+    at every draw in training, and the same at every epoch in validation.
 
     Args:
         patch_size: P, in voxels.
-        mask_ratio: share of patches to hide.
+        mask_ratio: share of patches to hide, in (0, 1).
+        seed: of the run.
+
+    Raises:
+        ValueError: for another ``mask_ratio``.
     """
 
-    def __init__(self, patch_size: int, mask_ratio: float) -> None:
-        self.patch_size, self.mask_ratio = patch_size, mask_ratio
+    def __init__(self, patch_size: int, mask_ratio: float, seed: int = 0) -> None:
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} must lie in (0, 1) to train on, for example 0.75")
+        self.patch_size, self.mask_ratio, self.seed = patch_size, mask_ratio, seed
 
     def __call__(
         self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
@@ -97,8 +105,11 @@ class PrepareMaskedBatch(PrepareBatch):
         """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and the mask by keyword."""
         volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
         target = patchify(volume, self.patch_size)
-        valid = torch.ones(target.shape[:2], dtype=torch.bool)
-        masked = random_masking(valid, self.mask_ratio, batchdata["seed"].tolist())
+        if "seed" in batchdata:
+            seeds = batchdata["seed"].tolist()
+        else:
+            seeds = [case_seed(case, self.seed) for case in batchdata["case"]]
+        masked = random_masking(torch.ones(target.shape[:2], dtype=torch.bool), self.mask_ratio, seeds)
         return volume, target, (), {"masked": masked.to(device, non_blocking=non_blocking)}
 
 
@@ -158,11 +169,7 @@ class MAETrainer(SupervisedTrainer):
         engine.state.output[Keys.LOSS] = loss
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} in epoch {engine.state.epoch}, iteration {engine.state.iteration}, on "
-                f"{', '.join(batchdata['case'])}: look at these volumes, or lower learning_rate (the last checkpoint "
-                "is intact: resume from it)"
-            )
+            engine._refuse(f"the loss is {loss.item()}")
         engine.grad_scaler.scale(loss / engine.accumulation_steps).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if (place + 1) % engine.accumulation_steps == 0 or place + 1 == engine.state.epoch_length:
@@ -172,9 +179,19 @@ class MAETrainer(SupervisedTrainer):
 
     def _step(self) -> None:
         self.grad_scaler.unscale_(self.optimizer)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        # With half precision an overflow is no mistake: the scaler skips the step and scales less.
+        if not torch.isfinite(norm) and not self.grad_scaler.is_enabled():
+            self._refuse(f"the gradient's norm is {norm.item()}")
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+
+    def _refuse(self, what: str) -> NoReturn:
+        state = self.state
+        raise NonFiniteLossError(
+            f"{what} in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: look at "
+            "these volumes, or lower learning_rate"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from einops import rearrange
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from . import checkpoints
+from .engine import NonFiniteLossError
 from .masking import unpatchify
 
 __all__ = [
@@ -32,7 +34,7 @@ __all__ = [
     "MetricsRecorder",
     "ReconstructionFigures",
     "ResumeHandler",
-    "ValidateFirst",
+    "ValidateAtEnds",
     "composite",
 ]
 
@@ -86,20 +88,22 @@ class HiddenVoxelMetrics(Metric):
         """Return the five figures."""
         count = self._sums[0].item()
         mse, mae, ssim, mean, square = (self._sums[1:] / count).tolist()
-        psnr = 10 * np.log10(self.data_range**2 / mse) if mse > 0 else float("inf")
-        return {"mse": mse, "mae": mae, "psnr": float(psnr), "ssim": ssim, "unexplained": mse / (square - mean**2)}
+        psnr = 10 * math.log10(self.data_range**2 / mse) if mse > 0 else math.inf
+        variance = square - mean**2
+        unexplained = mse / variance if variance > 0 else math.nan
+        return {"mse": mse, "mae": mae, "psnr": psnr, "ssim": ssim, "unexplained": unexplained}
 
 
 class MetricsRecorder:
-    """Write one line a validation to ``metrics.jsonl``, and a short one to the log.
+    """Write one line a validation to ``metrics.jsonl``, and a short one an epoch to the log.
 
-    Attach to the trainer behind the ValidationHandler. A resumed run replaces what an interrupted one had written
-    beyond its last checkpoint.
+    Attach to the trainer behind what validates. A resumed run replaces what an interrupted one had written beyond
+    its last checkpoint. A validation whose key metric is not finite ends the run, before anything is saved.
 
     Args:
         path: of ``metrics.jsonl``.
         validator: the evaluator, whose metrics are recorded.
-        interval: epochs between two validations.
+        interval: epochs between two validations; the last epoch is validated too.
     """
 
     def __init__(self, path: str | Path, validator: Engine, interval: int = 1) -> None:
@@ -110,7 +114,7 @@ class MetricsRecorder:
         engine.add_event_handler(Events.STARTED, self.record_untrained)
         engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add_loss)
-        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.record)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.record)
 
     def record_untrained(self, engine: Engine) -> None:
         """Write epoch 0 down, if the network was validated before training."""
@@ -130,20 +134,24 @@ class MetricsRecorder:
 
     def record(self, engine: Engine) -> None:
         """Write the epoch down."""
-        train_loss = None
+        state, record = engine.state, {}
         if self.losses:
             mean_loss = torch.stack(self.losses).double().mean().item()
-            train_loss = idist.all_reduce(mean_loss, op="SUM") / idist.get_world_size()
-        state = engine.state
+            record["train_loss"] = idist.all_reduce(mean_loss, op="SUM") / idist.get_world_size()
+        validated = state.epoch % self.interval == 0 or state.epoch == state.max_epochs
+        if validated:
+            metrics = self.validator.state.metrics
+            record |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self._refuse_non_finite(state)
         record = {
             "epoch": state.epoch,
             "iteration": state.iteration,
             "learning_rate": state.learning_rate,
-            "train_loss": train_loss,
-            **{name: value for name, value in self.validator.state.metrics.items() if isinstance(value, int | float)},
+            "train_loss": None,
+            **record,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        if idist.get_rank() == 0:
+        if validated and idist.get_rank() == 0:
             self._write(record)
         figures = "  ".join(
             f"{name.removeprefix('val_')} {value:.4g}"
@@ -151,6 +159,15 @@ class MetricsRecorder:
             if name.startswith(("train_", "val_")) and value is not None
         )
         logger.info("epoch %d/%d  %s  %.1f s", state.epoch, state.max_epochs, figures, record["seconds"])
+
+    def _refuse_non_finite(self, state: State) -> None:
+        name = self.validator.state.key_metric_name
+        value = self.validator.state.metrics.get(name, 0.0)
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"{name} is {value} after epoch {state.epoch}: training has diverged; the checkpoint of the epoch "
+                "before is as it was, resume from it with a lower learning_rate"
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,12 +197,18 @@ class ReconstructionFigures:
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
         if idist.get_rank() == 0:
-            engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+            engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self.rows.clear())
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
 
+    def is_due(self, epoch: int) -> bool:
+        """Tell whether a figure is drawn in this epoch."""
+        return epoch % self.interval == 0 or epoch == self.last_epoch
+
     def collect(self, engine: Engine) -> None:
         """Keep the first volumes of the epoch."""
+        if len(self.rows) >= self.num_volumes or not self.is_due(engine.state.epoch):
+            return
         volume, prediction = engine.state.output[Keys.IMAGE], engine.state.output[Keys.PRED]
         hidden = _voxel_mask(volume, prediction["mae_mask_1d"])
         panels = (volume, volume.masked_fill(hidden, torch.nan), composite(volume, prediction))
@@ -196,7 +219,7 @@ class ReconstructionFigures:
     def draw(self, engine: Engine) -> None:
         """Write the figure of this epoch."""
         epoch = engine.state.epoch
-        if self.rows and (epoch % self.interval == 0 or epoch == self.last_epoch):
+        if self.rows:
             self.folder.mkdir(parents=True, exist_ok=True)
             _draw_panels(self.rows, self.folder / f"epoch_{epoch:04d}.png", title=f"epoch {epoch}")
 
@@ -245,7 +268,6 @@ class CheckpointHandler:
             "best_metric_epoch": best.best_metric_epoch,
             "network": network,
             "optimizer": engine.optimizer.state_dict(),
-            "lr_scheduler": _progress(engine.lr_scheduler),
             "grad_scaler": engine.grad_scaler.state_dict(),
         }
         checkpoints.save(state, self.folder / TRAINING_STATE)
@@ -278,35 +300,50 @@ class ResumeHandler:
             return
         state = checkpoints.load(self.path)
         checkpoints.load_network(self.network, state["network"], self.path)
-        engine.optimizer.load_state_dict(state["optimizer"])
+        _restore_optimizer(engine.optimizer, state["optimizer"])
         engine.grad_scaler.load_state_dict(state["grad_scaler"])
+        # Counted in epochs, as their length may have changed with the data or the batch size.
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
         if engine.lr_scheduler is not None:
-            engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+            steps = state["epoch"] * math.ceil(engine.state.epoch_length / engine.accumulation_steps)
+            engine.lr_scheduler.last_epoch = steps - 1
+            engine.lr_scheduler.step()
         best = self.validator.state
         best.best_metric, best.best_metric_epoch = state["best_metric"], state["best_metric_epoch"]
-        logger.info("continuing from %s after epoch %d", self.path, state["epoch"])
+        logger.info("continuing from %s after epoch %d of %d", self.path, state["epoch"], engine.state.max_epochs)
+        if state["epoch"] >= engine.state.max_epochs:
+            logger.info("nothing is left to do: a larger max_epochs trains on")
 
 
-class ValidateFirst:
-    """Validate once before training, as epoch 0, unless the run continues an earlier one.
+class ValidateAtEnds:
+    """Validate before the first epoch, as epoch 0, and after the last: what a ValidationHandler leaves out.
 
     Args:
         validator: the evaluator.
+        interval: the ValidationHandler's epochs between two validations.
+        first: validate before training, unless the run continues an earlier one.
     """
 
-    def __init__(self, validator: Engine) -> None:
-        self.validator = validator
+    def __init__(self, validator: Engine, interval: int = 1, first: bool = False) -> None:
+        self.validator, self.interval, self.first = validator, interval, first
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
-        engine.add_event_handler(Events.STARTED, self.validate)
+        if self.first:
+            engine.add_event_handler(Events.STARTED, self.validate_first)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.validate_last)
 
-    def validate(self, engine: Engine) -> None:
-        """Run the evaluator."""
+    def validate_first(self, engine: Engine) -> None:
+        """Run the evaluator before training."""
         if engine.state.epoch == 0:
             self.validator.run(1)  # MONAI's evaluators count from one
             self.validator.state.best_metric_epoch = 0
+
+    def validate_last(self, engine: Engine) -> None:
+        """Run the evaluator after the last epoch, if the interval left it out."""
+        if engine.state.epoch == engine.state.max_epochs and engine.state.epoch % self.interval:
+            self.validator.run(engine.state.epoch)
 
 
 class EarlyStopping:
@@ -349,10 +386,13 @@ def _ssim_map(prediction: Tensor, target: Tensor, data_range: float) -> Tensor:
     return ssim
 
 
-def _progress(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> dict[str, Any] | None:
-    """Say where a scheduler stands, not what it was set to: a resumed run may have a new ``max_epochs``."""
-    settings = {"t_total", "warmup_steps", "warmup_multiplier", "cycles", "end_lr", "base_lrs"}
-    return scheduler and {name: value for name, value in scheduler.state_dict().items() if name not in settings}
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Bring an optimiser's memory back, but not its settings: a resumed run may have new ones."""
+    groups = [
+        {**group, **{name: value for name, value in configured.items() if name != "params"}}
+        for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:

@@ -7,6 +7,7 @@ hidden follow from the run's seed and g alone: not from the number of workers, r
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ def build_dataset(
         ValueError: for another ``cache``, or ``disk`` without a folder.
     """
     if cache == "memory":
-        return CacheDataset(data, transform, num_workers=max(1, num_workers), progress=False)
+        return CacheDataset(data, transform, num_workers=max(1, num_workers), progress=sys.stderr.isatty())
     if cache == "disk":
         if cache_dir is None:
             raise ValueError("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")
@@ -143,6 +144,6 @@ def build_dataset(
 
 def _hash_file(item: dict[str, Any]) -> bytes:
     """Name a cached volume by its path, size and time of change, so that a changed file is prepared afresh."""
-    stat = Path(item["image"]).stat()
-    identity = repr((sorted(item.items()), stat.st_size, stat.st_mtime_ns))
+    path = Path(item["image"]).absolute()
+    identity = repr((str(path), item.get("case"), path.stat().st_size, path.stat().st_mtime_ns))
     return hashlib.sha256(identity.encode()).hexdigest().encode()

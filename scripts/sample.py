@@ -90,7 +90,8 @@ def simulated_brains(folder: str | Path, num_subjects: int = NUM_SUBJECTS, seed:
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
+        if not (folder / "dataset.json").exists():  # else another process was faster, and wrote the same
+            raise
     return str(folder)
 
 

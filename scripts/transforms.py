@@ -21,13 +21,14 @@ class RefuseUnusabled(MapTransform):
     ``EnsureChannelFirstd``.
 
     Args:
-        keys: of the volumes, ``(1, D, H, W)``.
+        keys: of the volumes, ``(C, D, H, W)``.
         modality: ``ct`` or ``mr``.
+        in_chans: channels a volume must have.
     """
 
-    def __init__(self, keys: KeysCollection, modality: str) -> None:
+    def __init__(self, keys: KeysCollection, modality: str, in_chans: int = 1) -> None:
         super().__init__(keys)
-        self.modality = modality
+        self.modality, self.in_chans = modality, in_chans
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data as it is.
@@ -36,7 +37,6 @@ class RefuseUnusabled(MapTransform):
             ValueError: saying why a volume cannot be used.
         """
         for key in self.key_iterator(data):
-            voxels = np.asarray(data[key])
-            if problem := voxel_problem(voxels[0] if len(voxels) == 1 else voxels, self.modality):
+            if problem := voxel_problem(np.asarray(data[key]), self.modality, self.in_chans):
                 raise ValueError(problem)
         return dict(data)

@@ -1,5 +1,6 @@
 """Promises of finding, checking and splitting volumes."""
 
+import gzip
 import json
 import os
 
@@ -53,7 +54,6 @@ def test_a_datalist_decides_the_split_by_list_or_by_fold(tmp_path):
     assert [names(find_cases(folded)[fold]) for fold in ("training", "validation")] == [["1", "2"], ["0", "3"]]
     prepared = prepare_cases(listed, "mr")
     assert names(prepared["validation"]) == ["3"]
-    assert all(isinstance(case["seed"], int) for fold in prepared.values() for case in fold)
 
 
 def test_the_split_is_stable_under_added_cases_and_independent_of_order():
@@ -102,6 +102,27 @@ def _not_finite(path):
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
 
 
+def _label_map(path):
+    voxels = np.random.default_rng(0).integers(0, 3, (20, 20, 20))
+    nib.save(nib.Nifti1Image(voxels.astype(np.uint8), np.eye(4)), path)
+
+
+def _almost_empty(path):
+    voxels = np.zeros((40, 40, 40), np.float32)
+    voxels[:6, :6, :6] = np.random.default_rng(0).random((6, 6, 6))
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+
+
+def _no_place(path):
+    image = nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9)), np.eye(4))
+    image.header["sform_code"], image.header["qform_code"] = 1, 0
+    for row in ("srow_x", "srow_y", "srow_z"):
+        image.header[row] = 0
+    content = bytearray(image.to_bytes())
+    content[280:328] = bytes(48)  # the three rows of the sform
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 def _text(path):
     path.write_text("this is no volume")
 
@@ -110,10 +131,13 @@ BAD = [
     (_truncated, "cannot be read"),
     (_empty, "the file is empty"),
     (_constant, "is constant: every voxel is 7"),
-    (_four_dimensional, r"has 4 dimensions \(9, 9, 9, 3\) where 3 are needed"),
+    (_four_dimensional, r"has 3 channels \(or times\) of \(9, 9, 9\) where in_chans is 1"),
     (_flat, r"has 2 dimensions \(9, 9\) where 3 are needed"),
     (_not_finite, "has 2 voxels that are NaN or infinite"),
     (_text, "cannot be read"),
+    (_label_map, "looks like a label map: its only values are 0, 1, 2"),
+    (_almost_empty, "is almost empty: 99.5 % of its voxels are 0"),
+    (_no_place, "has an affine that maps voxels to no place in space"),
 ]
 
 
@@ -144,6 +168,8 @@ def test_an_mr_is_not_taken_for_a_ct(tmp_path):
     ct = write_volume(tmp_path / "ct.nii.gz", low=-1000)
     assert "is not in Hounsfield units: no voxel is below -200 HU" in volume_problem(mr, "ct")
     assert volume_problem(ct, "ct") is None
+    air = write_volume(tmp_path / "air.nii.gz", low=-1600)
+    assert "holds nothing but air: no voxel is above -500 HU" in volume_problem(air, "ct")
     assert volume_problem(mr, "mr") is None
 
 
@@ -178,3 +204,45 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 def test_a_file_without_read_permission_is_named(tmp_path):
     write_volume(tmp_path / "locked.nii.gz").chmod(0)
     assert "cannot be read" in volume_problem(tmp_path / "locked.nii.gz", "mr")
+
+
+def test_a_volume_must_have_the_channels_of_the_network(tmp_path):
+    voxels = np.random.default_rng(0).random((9, 9, 9, 2))
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "two.nii.gz")
+    assert volume_problem(tmp_path / "two.nii.gz", "mr", in_chans=2) is None
+    voxels[..., 1] = 4
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "two.nii.gz")
+    assert "is constant: every voxel is 4" in volume_problem(tmp_path / "two.nii.gz", "mr", in_chans=2)
+
+
+def test_labels_beside_images_are_passed_over_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("p0/t1.nii.gz", "p0/seg.nii.gz", "p1/t1.nii.gz", "p1/mask.nii", "labeled/t1.nii.gz"):
+        write_volume(tmp_path / name)
+    assert names(find_cases(tmp_path)["training"]) == ["labeled/t1", "p0/t1", "p1/t1"]
+    assert "passed over 2 files that are named after labels or masks" in caplog.text
+
+
+def test_linked_folders_are_searched(tmp_path):
+    write_volume(tmp_path / "real" / "a.nii.gz")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    assert names(find_cases(tmp_path / "data")["training"]) == ["link/a"]
+
+
+def test_a_folder_with_a_dataset_json_of_another_kind_is_searched(tmp_path):
+    write_volume(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    write_volume(tmp_path / "labelsTr" / "a.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1"}, "numTraining": 1}))  # nnU-Net v2
+    assert names(find_cases(tmp_path)["training"]) == ["imagesTr/a_0000"]
+
+
+def test_labels_are_remembered_where_a_datalist_names_them(tmp_path):
+    write_volume(tmp_path / "a.nii.gz")
+    write_volume(tmp_path / "b.nii.gz")
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}, {"image": "b.nii.gz", "label": "gone"}]})
+    )
+    first, second = find_cases(tmp_path)["training"]
+    assert first["label"] == str(tmp_path / "b.nii.gz")
+    assert "label" not in second

@@ -63,7 +63,7 @@ def run_recorded(recorder, epochs, start=0):
 
 
 def test_every_validation_leaves_one_line_and_a_resumed_run_replaces_what_it_repeats(tmp_path):
-    validator = SimpleNamespace(state=State(metrics={"val_mse": 0.5, "val_ssim": 0.25}))
+    validator = SimpleNamespace(state=State(metrics={"val_mse": 0.5, "val_ssim": 0.25}, key_metric_name="val_mse"))
     path = tmp_path / "metrics.jsonl"
     run_recorded(MetricsRecorder(path, validator), epochs=3)
     validator.state.metrics["val_mse"] = 0.125

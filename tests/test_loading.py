@@ -100,6 +100,17 @@ def test_a_changed_file_is_not_answered_from_the_disk_cache(tmp_path):
     assert dataset[0]["image"].sum() == 25
 
 
+def test_a_disk_cache_serves_every_run_on_the_same_files(tmp_path):
+    from monai.transforms import Identityd, LoadImaged
+
+    np.save(tmp_path / "a.npy", np.zeros((4, 4), np.float32))
+    for seed in (0, 1):
+        data = [{"image": str(tmp_path / "a.npy"), "case": "a", "label": f"label_{seed}"}]
+        dataset = build_dataset(data, Compose([LoadImaged("image"), Identityd("image")]), "disk", tmp_path / "cache")
+        assert dataset[0]["image"].sum() == 0
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 1
+
+
 def test_a_cache_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"cache 'tape' must be one of \('memory', 'disk', 'none'\)"):
         build_dataset([], Compose([]), "tape")
