@@ -98,7 +98,9 @@ def test_bundle_load_returns_the_network_with_the_checkpoints_weights(weights, e
     (folder / "models").mkdir()
     shutil.copy(weights, folder / "models" / "model.pt")
     monkeypatch.chdir(tmp_path)
-    network = monai.bundle.load("bertswin_mae", bundle_dir=str(tmp_path / "bundles"), source="github", device="cpu")
+    network = monai.bundle.load(
+        "bertswin_mae", bundle_dir=str(tmp_path / "bundles"), workflow_type="inference", source="github", device="cpu"
+    )
     loaded = network.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in encoder.state_dict().items())
     with torch.no_grad():

@@ -12,7 +12,7 @@ from scripts import BertsWinEncoder, BertsWinMAE
 from scripts.tuning import StemTuning, StemTuningLoss, load_original, summarise
 
 CONFIGS = ROOT / "configs"
-PRETRAINING_ONLY = ("mask_ratio",)
+KNOBS = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}  # tuning draws none
 
 
 def tuning(stem="keep", objective="distillation", **settings):
@@ -126,18 +126,17 @@ def pretrained(tmp_path_factory):
 
 def tune(**knobs):
     files = str([str(CONFIGS / "tune_stem.yaml"), str(CONFIGS / "small.yaml")])
-    return bundle("run", "tuning", "--config_file", files, **(TINY_KNOBS | knobs))
+    return bundle("run", "tuning", "--config_file", files, **(KNOBS | knobs))
 
 
 def test_check_properties_finds_nothing_missing(cohort, tmp_path, pretrained):
-    knobs = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}
     workflow = ConfigWorkflow(
         [str(CONFIGS / "tune_stem.yaml"), str(CONFIGS / "small.yaml")],
         workflow_type="train",
         dataset_dir=str(cohort),
         output_dir=str(tmp_path),
         pretrained=str(pretrained),
-        **knobs,
+        **KNOBS,
     )
     workflow.initialize()
     assert workflow.check_properties() == []
