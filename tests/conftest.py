@@ -19,6 +19,8 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 from scripts import BertsWinMAE  # noqa: E402
+from scripts.engine import AutocastInferer, MAETrainer, PrepareMaskedBatch  # noqa: E402
+from scripts.losses import MaskedL2Loss  # noqa: E402
 
 TINY = {
     "img_size": (32, 32, 32),
@@ -55,6 +57,37 @@ def tiny(**overrides) -> BertsWinMAE:
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Volumes(torch.utils.data.Dataset):
+    """Noise that passes for a dataset."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return {"image": noise(1, 32, 32, 32, seed=index), "case": f"case_{index}", "seed": index}
+
+
+def trainer(network, batch_size=2, length=4, epochs=1, precision="fp32", optimizer_factory=None, **settings):
+    """Build an MAETrainer on noise; the factory makes an optimiser, or that and a scheduler, for the network."""
+    made = optimizer_factory(network) if optimizer_factory else torch.optim.SGD(network.parameters(), 0.01)
+    optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
+    return MAETrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=torch.utils.data.DataLoader(Volumes(length), batch_size=batch_size),
+        network=network,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        loss_function=MaskedL2Loss(),
+        inferer=AutocastInferer(precision, "cpu"),
+        prepare_batch=PrepareMaskedBatch(8, 0.75),
+        **settings,
+    )
 
 
 def write_volume(path: Path, shape=(36, 30, 33), seed: int = 0, spacing: float = 1.0, low: float = 0.0) -> Path:

@@ -2,10 +2,12 @@
 
 import json
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_KNOBS, bundle
+from conftest import ROOT, TINY_KNOBS, bundle, write_volume
 from monai.bundle import ConfigWorkflow
 
 import scripts
@@ -163,3 +165,103 @@ def test_an_overlay_may_bring_items_of_its_own_if_something_uses_them(tmp_path):
 def test_check_knobs_works_inside_a_config_only():
     with pytest.raises(RuntimeError, match="inside a MONAI bundle config only"):
         check_knobs(CONFIGS / "train.yaml")
+
+
+def built(files=tuple(PRETRAINING), **overrides):
+    training = workflow(files, **overrides)
+    training.initialize()
+    return training.parser.get_parsed_content
+
+
+def known_volume(folder, low, high, axcodes="LPI"):
+    """Write twelve voxels of 2 mm each way: `low` everywhere, `high` in the half towards the patient's right."""
+    voxels = np.full((12, 12, 12), low, np.float32)
+    voxels[6:] = high  # the second half of the first axis, which runs to the left or to the right
+    voxels += np.random.default_rng(0).random(voxels.shape) * 1e-3 * (high - low)
+    flips = np.diag([*(-2.0 if code in "LPI" and axcodes != "RAS" else 2.0 for code in axcodes), 1.0])
+    for number in range(2):
+        nib.save(nib.Nifti1Image(voxels, flips), folder / f"{number}.nii.gz")
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPI"])
+@pytest.mark.parametrize(
+    ("modality", "low", "high", "expected"),
+    [
+        ("ct", -400.0, 500.0, ((-400 + 21.14) / 578.02, (500 + 21.14) / 578.02, (-1011 + 21.14) / 578.02)),
+        ("ct", -2000.0, 4000.0, (None, (1992 + 21.14) / 578.02, (-1011 + 21.14) / 578.02)),
+        ("mr", 300.0, 900.0, (None, 1.0, -1.0)),
+    ],
+)
+def test_preparation_orients_resamples_scales_crops_and_pads(tmp_path, modality, low, high, expected, axcodes):
+    known_volume(tmp_path, low, high, axcodes)
+    resolve = built(
+        dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), modality=modality, spacing=[1.0, 1.0, 1.0],
+        **TINY_KNOBS,
+    )  # fmt: skip
+    volume = resolve("validate::dataset")[0]["image"]
+    assert type(volume) is torch.Tensor
+    assert volume.shape == (1, 32, 32, 32)
+    low_value, high_value, padding = expected
+    assert volume[0, 0, 0, 0].item() == pytest.approx(padding, abs=1e-3)
+    # 12 voxels of 2 mm are 23 of 1 mm from centre to centre; RAS puts the patient's right at the first index.
+    filled = (volume[0] > padding + 0.2).nonzero()
+    assert (filled.amax(dim=0) - filled.amin(dim=0) + 1)[1:].tolist() == [23, 23]
+    middle = volume[0, :, 16, 16]
+    bright = (middle > (high_value + padding) / 2).nonzero().float().mean()
+    assert middle.max().item() == pytest.approx(high_value, abs=0.02)
+    if low_value is not None:
+        dark = middle[(middle > padding + 0.2) & (middle < (low_value + high_value) / 2)]
+        assert dark.median().item() == pytest.approx(low_value, abs=0.02)
+        assert (bright > 15.5) == (axcodes == "RAS")  # the bright half lies left or right
+
+
+def test_random_crops_reach_every_part_of_a_volume_and_flips_only_the_axes_asked_for(tmp_path):
+    ramp = np.stack(np.meshgrid(*3 * [np.arange(44.0)], indexing="ij"))
+    for number in range(2):
+        nib.save(nib.Nifti1Image((ramp[0] + 50 * ramp[1]).astype(np.float32), np.eye(4)), tmp_path / f"{number}.nii.gz")
+    settings = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), **TINY_KNOBS}
+    dataset = built(**settings, affine_prob=0.0, flip_prob=0.0)("train::dataset")
+    raw = sorted({round(dataset[0]["image"].min().item(), 3) for _ in range(60)})
+    lows, highs = zip(*((image.min().item(), image.max().item()) for image in (dataset[0]["image"] for _ in range(80))),
+                      strict=True)  # fmt: skip
+    assert min(lows) < -0.88  # the foreground crop keeps what is above -0.9
+    assert max(highs) > 0.98
+    assert len(raw) > 10  # many different places
+
+    first_step = [image[0, 1, 5, 5] - image[0, 0, 5, 5] for image in (dataset[0]["image"] for _ in range(20))]
+    assert all(step > 0 for step in first_step)
+    flipped = built(**settings, affine_prob=0.0, flip_prob=1.0, flip_axes=[0])("train::dataset")[0]["image"]
+    assert flipped[0, 1, 5, 5] < flipped[0, 0, 5, 5]
+    assert flipped[0, 5, 1, 5] > flipped[0, 5, 0, 5]
+
+
+def test_rotation_is_meant_in_degrees(tmp_path):
+    for number in range(2):
+        write_volume(tmp_path / f"{number}.nii.gz", shape=(48, 48, 48), seed=number)
+    resolve = built(dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), **TINY_KNOBS, affine_prob=1.0)
+    affine = next(step for step in resolve("train::random_transforms") if "Affine" in type(step).__name__)
+    assert affine.rand_affine.rand_affine_grid.rotate_range == pytest.approx([12 / 180 * np.pi] * 3)
+    assert affine.rand_affine.rand_affine_grid.scale_range == pytest.approx([0.1] * 3)
+
+
+def test_the_trainer_is_built_with_the_knobs(cohort, tmp_path):
+    resolve = built(dataset_dir=str(cohort), output_dir=str(tmp_path), **(TINY_KNOBS | {"warmup_epochs": 1}),
+                    weight_decay=0.07, clip_norm=0.5, accumulation_steps=2, learning_rate=0.01)  # fmt: skip
+    trainer = resolve("train::trainer")
+    (group,) = trainer.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.07, (0.9, 0.95))
+    assert (trainer.clip_norm, trainer.accumulation_steps) == (0.5, 2)
+    assert trainer.lr_scheduler.optimizer is trainer.optimizer
+    rates = [group["lr"]]
+    for _ in range(2):  # two epochs of one step each
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        rates.append(group["lr"])
+    assert rates == pytest.approx([1e-8, 0.01, 1e-6])
+
+
+def test_the_smallest_error_is_the_best(cohort, tmp_path):
+    evaluator = built(dataset_dir=str(cohort), output_dir=str(tmp_path), **TINY_KNOBS)("validate::evaluator")
+    assert evaluator.state.key_metric_name == "val_mse"
+    assert evaluator.metric_cmp_fn(0.1, 0.2)
+    assert not evaluator.metric_cmp_fn(0.2, 0.1)

@@ -2,36 +2,11 @@
 
 import pytest
 import torch
-from conftest import noise, tiny
+from conftest import noise, tiny, trainer
 from ignite.engine import Events
 
-from scripts.engine import AutocastInferer, MAETrainer, NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
-from scripts.losses import MaskedL2Loss
-
-
-class Volumes(torch.utils.data.Dataset):
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        return {"image": noise(1, 32, 32, 32, seed=index), "case": f"case_{index}", "seed": index}
-
-
-def trainer(network, batch_size=2, length=4, epochs=1, precision="fp32", optimizer=None, **settings):
-    return MAETrainer(
-        device=torch.device("cpu"),
-        max_epochs=epochs,
-        train_data_loader=torch.utils.data.DataLoader(Volumes(length), batch_size=batch_size),
-        network=network,
-        optimizer=optimizer or torch.optim.SGD(network.parameters(), 0.01),
-        loss_function=MaskedL2Loss(),
-        inferer=AutocastInferer(precision, "cpu"),
-        prepare_batch=PrepareMaskedBatch(8, 0.75),
-        **settings,
-    )
+from scripts.engine import NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
+from scripts.masking import patchify, random_masking
 
 
 def weights_after(**settings):
@@ -63,7 +38,7 @@ def test_the_rate_changes_by_optimiser_step_not_by_iteration():
     network, rates = tiny(), []
     optimizer = torch.optim.SGD(network.parameters(), 1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    engine = trainer(network, 1, optimizer=optimizer, lr_scheduler=scheduler, accumulation_steps=2)
+    engine = trainer(network, 1, optimizer_factory=lambda _: (optimizer, scheduler), accumulation_steps=2)
     engine.add_event_handler(Events.ITERATION_STARTED, lambda _: rates.append(optimizer.param_groups[0]["lr"]))
     engine.run()
     assert rates == [1.0, 1.0, 0.5, 0.5]
@@ -107,3 +82,37 @@ def test_precision_is_chosen_by_name_or_by_what_the_device_is_fast_at(monkeypatc
     assert autocast_dtype("auto", "cpu") is torch.bfloat16
     with pytest.raises(ValueError, match=r"precision 'half' must be one of \('auto', 'fp32', 'bf16', 'fp16'\)"):
         autocast_dtype("half", "cpu")
+
+
+def test_the_trainer_scores_hidden_patches_and_no_others():
+    network = tiny()
+    engine = trainer(network, length=2)
+    engine.optimizer.step = lambda *_: None
+    engine.run()
+    out = engine.state.output
+    volume, masked = out["image"], random_masking(torch.ones(2, 64, dtype=torch.bool), 0.75, seeds=[0, 1])
+    prediction = network(volume, masked=masked)["reconstructed_cube"]
+    expected = (patchify(prediction, 8) - patchify(volume, 8))[masked].square().mean()
+    torch.testing.assert_close(out["loss"], expected)
+
+
+def test_an_epoch_that_is_no_multiple_of_the_accumulation_steps_once_more_at_its_end():
+    network, steps = tiny(), []
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    optimizer.register_step_post_hook(lambda *_: steps.append(engine.state.iteration))
+    engine = trainer(
+        network, batch_size=1, length=5, epochs=2, optimizer_factory=lambda _: optimizer, accumulation_steps=2
+    )
+    engine.run()
+    assert steps == [2, 4, 5, 7, 9, 10]
+
+
+def test_the_network_trains_in_training_mode():
+    network = tiny().eval()
+    trainer(network).run()
+    assert network.training
+
+
+def test_a_mask_ratio_that_hides_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"mask_ratio 0 must lie in \(0, 1\) to train on"):
+        PrepareMaskedBatch(8, 0)

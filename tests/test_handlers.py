@@ -7,10 +7,20 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny
+from conftest import noise, tiny, trainer
 from ignite.engine import Engine, Events, State
 
-from scripts.handlers import EarlyStopping, HiddenVoxelMetrics, MetricsRecorder, ReconstructionFigures, composite
+from scripts.engine import NonFiniteLossError
+from scripts.handlers import (
+    CheckpointHandler,
+    EarlyStopping,
+    HiddenVoxelMetrics,
+    MetricsRecorder,
+    ReconstructionFigures,
+    ResumeHandler,
+    ValidateAtEnds,
+    composite,
+)
 from scripts.masking import patchify
 
 
@@ -101,3 +111,89 @@ def test_training_stops_when_the_best_epoch_is_too_long_ago(patience, last):
 
     EarlyStopping(patience, validator).attach(trainer)
     assert trainer.run([0], max_epochs=8).epoch == last
+
+
+def checkpointed(folder, scores, resume=False, **settings):
+    """Train as many epochs as there are scores, of a validation that gives these; return the trainer."""
+    network = tiny()
+    scheduler_steps = []
+    validator = Engine(lambda *_: None)
+    validator.state.best_metric, validator.state.best_metric_epoch = -1, -1
+    engine = trainer(network, epochs=len(scores), **settings)
+
+    def validate(engine):
+        score = scores[engine.state.epoch - 1]
+        if validator.state.best_metric_epoch == -1 or score < validator.state.best_metric:
+            validator.state.best_metric, validator.state.best_metric_epoch = score, engine.state.epoch
+
+    ResumeHandler(folder, validator, network, resume).attach(engine)
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: scheduler_steps.append(engine.state.epoch))
+    engine.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    CheckpointHandler(folder, validator, network).attach(engine)
+    engine.run()
+    engine.epochs_run = scheduler_steps
+    return engine
+
+
+def test_the_best_network_is_kept_when_later_ones_are_worse(tmp_path):
+    engine = checkpointed(tmp_path, [0.5, 0.3, 0.4])
+    best, last = torch.load(tmp_path / "model.pt"), torch.load(tmp_path / "training_state.pt")
+    assert (last["best_metric"], last["best_metric_epoch"], last["epoch"]) == (0.3, 2, 3)
+    assert not torch.equal(best["mask_token"], last["network"]["mask_token"])
+    assert torch.equal(last["network"]["mask_token"], engine.network.mask_token)
+
+
+def test_resuming_counts_in_epochs_and_takes_new_settings(tmp_path):
+    def adamw(decay):
+        # A network of its own would do: the trainer's is replaced by the state that is resumed.
+        return {"optimizer_factory": lambda network: torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=decay)}
+
+    checkpointed(tmp_path, [0.5, 0.4, 0.3], length=8, **adamw(0.1))  # four iterations an epoch
+    engine = checkpointed(tmp_path, [0.5, 0.4, 0.3, 0.2, 0.1], resume=True, length=4, **adamw(0.9))  # two
+    assert engine.epochs_run == [4, 5]
+    assert engine.state.iteration == 10
+    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.9
+    assert engine.optimizer.state_dict()["state"][0]["step"] == 3 * 4 + 2 * 2
+
+
+def test_a_finished_run_says_so_when_resumed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    checkpointed(tmp_path, [0.5, 0.4])
+    engine = checkpointed(tmp_path, [0.5, 0.4], resume=True)
+    assert engine.epochs_run == []
+    assert "nothing is left to do: a larger max_epochs trains on" in caplog.text
+
+
+def test_a_resumed_rate_is_the_one_of_the_whole_run(tmp_path):
+    def rates(epochs, resume=False):
+        seen = []
+
+        def factory(network):
+            optimizer = torch.optim.SGD(network.parameters(), 1.0)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+            optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+            return optimizer, scheduler
+
+        checkpointed(tmp_path, [1.0] * epochs, resume, length=6, optimizer_factory=factory, accumulation_steps=2)
+        return seen
+
+    whole = rates(4)
+    (tmp_path / "training_state.pt").unlink()
+    assert rates(2) + rates(4, resume=True) == whole
+
+
+def test_a_validation_that_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path):
+    validator = SimpleNamespace(state=State(metrics={"val_mse": float("nan")}, key_metric_name="val_mse"))
+    with pytest.raises(NonFiniteLossError, match=r"val_mse is nan after epoch \d: training has diverged"):
+        run_recorded(MetricsRecorder(tmp_path / "metrics.jsonl", validator), epochs=2)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("interval", "epochs", "expected"), [(1, 3, []), (2, 4, []), (2, 5, [5]), (5, 2, [2])])
+def test_the_last_epoch_is_validated_whatever_the_interval(interval, epochs, expected):
+    validated = []
+    validator = SimpleNamespace(run=validated.append)
+    engine = Engine(lambda *_: None)
+    ValidateAtEnds(validator, interval).attach(engine)
+    engine.run([0], max_epochs=epochs)
+    assert validated == expected

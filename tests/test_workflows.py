@@ -41,6 +41,13 @@ def test_training_leaves_what_the_readme_says_from_any_directory(cohort, tmp_pat
     model.load_state_dict(torch.load(out / "checkpoints" / "model.pt", weights_only=True))
 
 
+def test_the_large_config_runs_on_its_own(cohort, tmp_path):
+    knobs = {"spacing": "[1.5, 1.5, 1.5]", "modality": "mr", "num_workers": 1, "max_epochs": 1, "accumulation_steps": 2}
+    result = train("train.yaml", dataset_dir=cohort, output_dir=tmp_path, **knobs)
+    assert result.returncode == 0, result.stderr
+    assert records(tmp_path)[0]["iteration"] == 2
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_stopped(cohort, tmp_path):
     settings = {"dataset_dir": cohort, "max_epochs": 8}
     whole, parts = tmp_path / "whole", tmp_path / "parts"

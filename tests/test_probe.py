@@ -1,0 +1,87 @@
+"""Promises of the frozen probe."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_KNOBS, bundle, noise, tiny, write_volume
+
+from scripts.probe import TokenProbe, fit_ridge, label_fractions, labelled, r_squared
+
+
+def test_label_fractions_count_each_label_in_each_patch():
+    label = torch.zeros(1, 1, 8, 8, 16)
+    label[..., :4, :8] = 1
+    label[..., 8:] = 2
+    assert torch.equal(label_fractions(label, 2, 8)[0], torch.tensor([[0.5, 0.0], [0.0, 1.0]]))
+
+
+def test_ridge_finds_a_linear_map_and_r_squared_says_so():
+    features, weights = noise(50, 5), noise(5, 2, seed=1)
+    target = features @ weights + 3
+    exact, shrunk = (fit_ridge(features, target, penalty)(features) for penalty in (1e-9, 1e3))
+    assert r_squared(exact, target).min() > 0.999
+    assert r_squared(shrunk, target).max() < 0.1
+    assert torch.allclose(r_squared(target.mean(dim=0).expand_as(target), target), torch.zeros(2).double(), atol=1e-6)
+
+
+def test_features_that_hold_the_labels_score_one_and_noise_scores_none(tmp_path):
+    def batches(first):
+        for number in range(first, first + 4):
+            label = (noise(2, 1, 16, 16, 16, seed=number) > 0.5).float()
+            yield {"image": label, "label": label}
+
+    def probe(encode):
+        return TokenProbe(
+            encode, list(batches(0)), list(batches(50)), 1, 4, tmp_path / "probe.json", {"mode": "x"}
+        ).run()
+
+    telling = probe(lambda image: torch.nn.functional.avg_pool3d(image, 4))
+    silent = probe(lambda image: noise(image.shape[0], 3, 4, 4, 4, seed=int(image.sum())))
+    assert telling["r2"] > 0.99
+    assert silent["r2"] < 0.05
+    report = json.loads((tmp_path / "probe.json").read_text())
+    assert report["mode"] == "x"
+    assert (report["training_cases"], report["validation_cases"]) == (8, 8)
+
+
+def test_cases_without_labels_are_refused():
+    assert labelled([{"case": "a"}, {"case": "b", "label": "x"}]) == [{"case": "b", "label": "x"}]
+    with pytest.raises(ValueError, match="none of the cases has a label"):
+        labelled([{"case": "a"}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["patch", "volumetric"])
+def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode):
+    training = []
+    for number in range(5):
+        path = write_volume(tmp_path / "imagesTr" / f"{number}.nii.gz", seed=number)
+        image = nib.load(path)
+        (tmp_path / "labelsTr").mkdir(exist_ok=True)
+        label = (np.asarray(image.dataobj) > 500).astype(np.uint8)
+        nib.save(nib.Nifti1Image(label, image.affine), tmp_path / "labelsTr" / f"{number}.nii.gz")
+        training.append({"image": f"imagesTr/{number}.nii.gz", "label": f"labelsTr/{number}.nii.gz"})
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
+    torch.save(tiny().state_dict(), tmp_path / "model.pt")
+    knobs = {name: value for name, value in TINY_KNOBS.items() if "epoch" not in name and name != "figure_interval"}
+    result = bundle(
+        *(
+            "run",
+            "probe",
+            "--config_file",
+            str([str(ROOT / "configs" / name) for name in ("probe.yaml", "small.yaml")]),
+        ),
+        **knobs,
+        dataset_dir=tmp_path,
+        pretrained=tmp_path / "model.pt",
+        output_dir=tmp_path / "out",
+        num_labels=1,
+        mode=mode,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert report["mode"] == mode
+    assert report["r2"] > 0.1
