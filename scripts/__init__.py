@@ -17,6 +17,6 @@ __all__ = [
     "unpatchify",
 ]
 
-# Registered, so that a config anywhere can say `_target_: BertsWinMAE` of MONAI's own networks.
+# Registered, so that a config anywhere can say `_target_: monai.networks.nets.BertsWinMAE`.
 monai.networks.nets.BertsWinMAE = BertsWinMAE
 monai.networks.nets.BertsWinEncoder = BertsWinEncoder

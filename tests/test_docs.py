@@ -1,0 +1,126 @@
+"""Promises of the documents: every command and every block of Python in them runs."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import scripts
+from scripts.checkpoints import to_reference_state_dict
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
+# What the comments in the blocks say.
+SHAPES = {
+    "README": {"features": (1, 192, 6, 8, 6)},
+    "encoder": {"features": (2, 192, 6, 8, 6), "scores": (2, 2), "segmentation": (1, 3, 48, 64, 48)},
+}
+# A run needs to be started and ended, not to become good.
+SHORT = {
+    "training": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
+    "tuning": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
+}
+
+
+def blocks(language):
+    return [
+        pytest.param(page, body, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, (kind, untested, body) in enumerate(BLOCK.findall(page.read_text()))
+        if kind == language and not untested
+    ]
+
+
+def commands():
+    for parameter in blocks("bash"):
+        page, body = parameter.values
+        lines = [line for line in body.splitlines() if line.strip()]
+        yield pytest.param(page, lines, id=parameter.id)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, cohort):
+    """A copy of the bundle with what the documents' examples name."""
+    place = tmp_path_factory.mktemp("docs") / "bundle"
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
+    shutil.copytree(cohort, place / "DIR")
+    network = scripts.bertswin_mae_small_patch8_48x64x48()
+    torch.save(network.state_dict(), place / "MODEL.pt")
+    torch.save(network.encoder.state_dict(), place / "ENCODER.pt")
+    torch.save({"model_state_dict": to_reference_state_dict(network)}, place / "AUTHORS.pt")
+    quickstart = place / "runs" / "quickstart" / "checkpoints"
+    quickstart.mkdir(parents=True)
+    torch.save(network.state_dict(), quickstart / "model.pt")
+    (place / "OUT" / "CASE").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(np.zeros((6, 8, 6, 4)), np.eye(4)), place / "OUT" / "CASE" / "features.nii.gz")
+    return place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_of_a_page_exist(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "lines"), commands())
+def test_the_commands_of_a_page_run(page, lines, workplace):
+    for line in lines:
+        # The set-up of the quick start is what installed this very environment.
+        words = shlex.split(line.split("&&")[-1].replace(".venv/bin/python", "python"))
+        if words[:3] == ["python", "-m", "pytest"]:
+            continue
+        assert words[:2] == ["python", "-m"], line
+        extra = next((flags for name, flags in SHORT.items() if name in words), [])
+        if "runs/quickstart" in words:
+            extra = [*extra, "--output_dir", "OUT/quickstart"]  # the later one counts
+        elif "run" in words and "--output_dir" not in words:
+            extra = [*extra, "--output_dir", f"OUT/{page.stem}"]
+        result = subprocess.run(  # noqa: S603
+            [sys.executable, *words[1:], *extra], cwd=workplace, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", sorted({parameter.values[0] for parameter in blocks("python")}), ids=lambda p: p.stem)
+def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    for name in [name for name in sys.modules if name == "scripts" or name.startswith("scripts.")]:
+        monkeypatch.setitem(sys.modules, f"bertswin_mae{name.removeprefix('scripts')}", sys.modules[name])
+    body = "\n".join(parameter.values[1] for parameter in blocks("python") if parameter.values[0] == page)
+    names: dict = {"__name__": page.stem}
+    exec(compile(body, str(page), "exec"), names)  # noqa: S102
+    for name, shape in SHAPES.get(page.stem, {}).items():
+        assert tuple(names[name].shape) == shape
+
+
+@pytest.mark.slow
+def test_pip_installs_the_package_under_its_name(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        tmp_path / "site",
+    ]
+    subprocess.run([*pip, source], check=True, capture_output=True)  # noqa: S603
+    code = "import monai, bertswin_mae; assert monai.networks.nets.BertsWinMAE is bertswin_mae.BertsWinMAE"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)  # noqa: S603
+    assert not (tmp_path / "site" / "scripts").exists()
+    assert Path(tmp_path / "site" / "bertswin_mae" / "encoder.py").exists()
