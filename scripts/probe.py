@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from .data import case_seed
+
 __all__ = ["TokenProbe", "fit_ridge", "label_fractions", "labelled", "r_squared"]
 
 logger = logging.getLogger(__name__)
@@ -53,17 +55,20 @@ class TokenProbe:
 
         Returns:
             ``r2``, the share of the variance of the label fractions that the probe explains on validation, averaged
-            over labels; ``r2_by_label``; the ``penalty``; the numbers of cases.
+            over labels; ``r2_standard_error``, by bootstrap over the validation cases; ``r2_by_label``; the
+            ``penalty``; the numbers of cases.
         """
         train_x, train_y = self._tokens(self.train_loader, "encoding training cases")
         val_x, val_y = self._tokens(self.val_loader, "encoding validation cases")
         mean, scale = train_x.mean(dim=(0, 1)), train_x.std(dim=(0, 1)).clamp(min=1e-6)
         train_x, val_x = ((features - mean) / scale for features in (train_x, val_x))
         penalty = _choose_penalty(train_x, train_y)
-        scores = r_squared(fit_ridge(train_x, train_y, penalty)(val_x), val_y)
+        prediction = fit_ridge(train_x, train_y, penalty)(val_x)
+        scores = r_squared(prediction, val_y)
         report = {
             **self.about,
             "r2": scores.mean().item(),
+            "r2_standard_error": _standard_error(prediction, val_y),
             "r2_by_label": scores.tolist(),
             "penalty": penalty,
             "training_cases": len(train_x),
@@ -71,7 +76,10 @@ class TokenProbe:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(report, indent=1) + "\n")
-        logger.info("the probe explains %.4f of the label fractions of %d cases", report["r2"], len(val_x))
+        logger.info(
+            "the probe explains %.3f ± %.3f of the label fractions of %d cases",
+            *(report["r2"], report["r2_standard_error"], len(val_x)),
+        )
         return report
 
     @torch.no_grad()
@@ -138,8 +146,19 @@ def _choose_penalty(features: Tensor, target: Tensor) -> float:
     return max(PENALTIES, key=score)
 
 
-def labelled(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) -> float:
+    """Bootstrap over cases, always the same way: how much the score would vary with other validation cases."""
+    generator = torch.Generator().manual_seed(0)
+    draws = (torch.randint(len(target), (len(target),), generator=generator) for _ in range(resamples))
+    return torch.stack([r_squared(prediction[draw], target[draw]).mean() for draw in draws]).std().item()
+
+
+def labelled(cases: Sequence[dict[str, Any]], most: int | None = None) -> list[dict[str, Any]]:
     """Keep the cases that come with a label.
+
+    Args:
+        cases: from :func:`~bertswin_mae.data.find_cases`.
+        most: keep so many at the most: those whose names have the smallest hash.
 
     Raises:
         ValueError: when there are none.
@@ -147,4 +166,4 @@ def labelled(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = [case for case in cases if "label" in case]
     if not kept:
         raise ValueError("none of the cases has a label: the probe needs a Decathlon folder or a datalist with labels")
-    return kept
+    return kept if most is None else sorted(kept, key=lambda case: case_seed(case["case"], 0))[:most]

@@ -41,6 +41,7 @@ def test_features_that_hold_the_labels_score_one_and_noise_scores_none(tmp_path)
     telling = probe(lambda image: torch.nn.functional.avg_pool3d(image, 4))
     silent = probe(lambda image: noise(image.shape[0], 3, 4, 4, 4, seed=int(image.sum())))
     assert telling["r2"] > 0.99
+    assert telling["r2_standard_error"] < 0.01
     assert silent["r2"] < 0.05
     report = json.loads((tmp_path / "probe.json").read_text())
     assert report["mode"] == "x"
@@ -49,6 +50,9 @@ def test_features_that_hold_the_labels_score_one_and_noise_scores_none(tmp_path)
 
 def test_cases_without_labels_are_refused():
     assert labelled([{"case": "a"}, {"case": "b", "label": "x"}]) == [{"case": "b", "label": "x"}]
+    many = [{"case": str(number), "label": "x"} for number in range(20)]
+    few, fewer = labelled(many, 10), labelled(many[::-1], 5)
+    assert (len(few), fewer) == (10, few[:5])  # the same few, whatever the order
     with pytest.raises(ValueError, match="none of the cases has a label"):
         labelled([{"case": "a"}])
 
