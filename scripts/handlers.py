@@ -396,23 +396,27 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) 
 
 
 def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:
-    """Draw a row a volume: axial, coronal and sagittal plane, each as original | visible | reconstruction."""
-    columns = [(plane, panel) for plane in range(3) for panel in range(3)]
-    figure = Figure(figsize=(1.7 * len(columns), 2.1 * len(rows) + 0.6), layout="constrained")
+    """Draw a row a volume: axial, coronal and sagittal plane on one scale, each original | visible | rebuilt."""
+    # For volumes in RAS: the axis looked along, the one across and the one up.
+    planes = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
+    columns = [(name, axes, panel) for name, axes in planes.items() for panel in range(3)]
+    size = rows[0][1][0].shape
+    widths = [size[across] for _, (_, across, _), _ in columns]
+    height = max(size[up] for _, _, up in planes.values())
+    figure = Figure(figsize=(16, 0.8 + len(rows) * (0.1 + 15 * height / sum(widths))), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the user's backend
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, width_ratios=widths)
     for row, (case, panels) in enumerate(rows):
         low, high = panels[0].min(), panels[0].max()
-        for column, (plane, panel) in enumerate(columns):
-            axis = 2 - plane  # axial first, for volumes in RAS
-            view = np.take(panels[panel], panels[panel].shape[axis] // 2, axis=axis).T
-            ax = axes[row, column]
+        for column, (name, (along, _, _), panel) in enumerate(columns):
+            view = panels[panel].take(size[along] // 2, along).T
+            ax = grid[row, column]
             ax.set_facecolor("tab:blue")  # hidden
             ax.imshow(view, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             if row == 0:
-                ax.set_title(f"{('axial', 'coronal', 'sagittal')[plane]}\n{('original', 'visible', 'rebuilt')[panel]}")
+                ax.set_title(f"{name}\n{('original', 'visible', 'rebuilt')[panel]}")
             if column == 0:
                 ax.set_ylabel(Path(case).name, fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)

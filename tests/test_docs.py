@@ -47,12 +47,23 @@ def commands():
         yield pytest.param(page, lines, id=parameter.id)
 
 
+def _label(folder):
+    """Write the labels that the cohort's datalist names: 1 where an image is bright, 2 where it is brightest."""
+    (folder / "labelsTr").mkdir()
+    for path in (folder / "imagesTr").iterdir():
+        image = nib.load(path)
+        voxels = np.asarray(image.dataobj)
+        label = (voxels > 500).astype(np.uint8) + (voxels > 800)
+        nib.save(nib.Nifti1Image(label.astype(np.uint8), image.affine), folder / "labelsTr" / path.name)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, cohort):
     """A copy of the bundle with what the documents' examples name."""
     place = tmp_path_factory.mktemp("docs") / "bundle"
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
     shutil.copytree(cohort, place / "DIR")
+    _label(shutil.copytree(cohort, place / "LABELLED"))
     network = scripts.bertswin_mae_small_patch8_48x64x48()
     torch.save(network.state_dict(), place / "MODEL.pt")
     torch.save(network.encoder.state_dict(), place / "ENCODER.pt")
