@@ -17,6 +17,7 @@ __all__ = [
     "compare",
     "convert_reference_state_dict",
     "encoder_part",
+    "has_strict_stem",
     "load",
     "load_network",
     "load_state_dict",
@@ -81,8 +82,11 @@ def load(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        holds = f"it also holds {culprit[1]}" if culprit else f"{type(error).__name__}"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
+            f"{path} cannot be read as a checkpoint of tensors and plain values ({holds}). Loading anything else could "
+            "run code, so this is not done here; if you trust the file, save its weights alone in a program of your own"
         ) from error
 
 
@@ -96,6 +100,12 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no flat weights (name → tensor): use the model.pt of a run")
     return strip_prefixes(content)
+
+
+def has_strict_stem(state_dict: Mapping[str, Tensor]) -> bool | None:
+    """Tell from the weights of a network, or of an encoder, what its stem's kernels are; None if it has no stem."""
+    name = next((name for name in state_dict if name.endswith("stem.stages.0.0.weight")), None)
+    return None if name is None else state_dict[name].shape[-1] == 2
 
 
 def encoder_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,6 +130,11 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         lists = (f"{len(names)} {what}{_examples(names)}" for what, names in self._asdict().items() if names)
         return "; ".join(lists)
+
+    def account(self) -> str:
+        """Name every tensor, one a line."""
+        lines = (f"{what:>10}  {name}" for what, names in self._asdict().items() for name in names)
+        return "\n".join([*lines, "; ".join(f"{len(names)} {what}" for what, names in self._asdict().items())])
 
 
 def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Comparison:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fire
 from monai.bundle import ConfigParser
@@ -21,6 +22,7 @@ from .bertswin_mae import BertsWinMAE
 
 __all__ = ["from_authors", "to_authors", "widen"]
 
+CONFIG = "configs/train.yaml"
 NETWORK_KNOBS = {
     "img_size": "img_size",
     "patch_size": "patch_size",
@@ -35,39 +37,43 @@ NETWORK_KNOBS = {
 }
 
 
-def from_authors(source: str, target: str, config_file: str | Sequence[str] = "configs/train.yaml") -> None:
+def from_authors(source: str, target: str, config_file: str | Sequence[str] = CONFIG, **knobs: Any) -> None:
     """Convert a checkpoint of the authors' implementation; nothing is written unless every weight has its place.
 
     Args:
         source: the authors' file: flat weights, or a training state with ``model_state_dict``.
         target: our flat weights.
         config_file: one or several configs of the network.
+        knobs: of the network, over those of the configs, such as ``--strict_stem True``.
 
     Raises:
         ValueError: with the account, when anything is missing, left over or of another shape.
     """
     content = checkpoints.load(source)
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} holds a {type(content).__name__}, not weights by name")
     weights = checkpoints.convert_reference_state_dict(content.get("model_state_dict", content))
-    network = _network(config_file)
-    print(checkpoints.compare(network.state_dict(), weights))
+    network = _network(config_file, knobs)
+    print(checkpoints.compare(network.state_dict(), weights).account())
     checkpoints.load_network(network, weights, source)
     checkpoints.save(network.state_dict(), target)
     print(f"wrote {target}")
 
 
-def to_authors(source: str, target: str, config_file: str | Sequence[str] = "configs/train.yaml") -> None:
+def to_authors(source: str, target: str, config_file: str | Sequence[str] = CONFIG, **knobs: Any) -> None:
     """Convert our flat weights to a checkpoint that the authors' implementation loads strictly.
 
     Args:
         source: ``model.pt`` of a run.
         target: the authors' file, with ``model_state_dict``.
         config_file: one or several configs of the network.
+        knobs: of the network, over those of the configs, such as ``--strict_stem True``.
 
     Raises:
         ValueError: with the account, when anything is missing, left over or of another shape.
     """
-    weights, network = checkpoints.load_state_dict(source), _network(config_file)
-    print(checkpoints.compare(network.state_dict(), weights))
+    weights, network = checkpoints.load_state_dict(source), _network(config_file, knobs)
+    print(checkpoints.compare(network.state_dict(), weights).account())
     checkpoints.load_network(network, weights, source)
     checkpoints.save({"model_state_dict": checkpoints.to_reference_state_dict(network)}, target)
     print(f"wrote {target}")
@@ -91,11 +97,13 @@ def widen(source: str, target: str, in_chans: int, spread: str) -> None:
     print(f"wrote {target}: {in_chans} channels, spread by {spread}")
 
 
-def _network(config_file: str | Sequence[str]) -> BertsWinMAE:
+def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> BertsWinMAE:
     files = [config_file] if isinstance(config_file, str) else list(config_file)
     if missing := [file for file in files if not Path(file).is_file()]:
         raise ValueError(f"there is no config at {missing[0]}")
-    knobs = ConfigParser.load_config_files(files)
+    if unknown := overrides.keys() - NETWORK_KNOBS:
+        raise ValueError(f"there is no knob {min(unknown)} of the network: it has {', '.join(NETWORK_KNOBS)}")
+    knobs = ConfigParser.load_config_files(files) | overrides
     settings = {argument: knobs[knob] for knob, argument in NETWORK_KNOBS.items() if knob in knobs}
     for name in ("encoder_depths", "encoder_num_heads"):
         settings[name] = [settings[name]]

@@ -89,13 +89,14 @@ def prepare_cases(
     return folds
 
 
-def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
+def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> dict[str, list[Case]]:
     """List the volumes of a dataset.
 
     Args:
         dataset_dir: a folder with a Decathlon ``dataset.json``, a MONAI datalist JSON, or a folder of NIfTI, NRRD
             or MHA files at any depth. In a plain folder, hidden files and what is named after labels or masks are
             passed over.
+        all_must_exist: refuse a list that names files which do not exist.
 
     Returns:
         ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
@@ -117,7 +118,8 @@ def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
     listed = [case for fold in cases.values() for case in fold]
     if not listed:
         raise ValueError(f"{source} holds no volume: looked for {', '.join('*' + suffix for suffix in SUFFIXES)}")
-    if missing := [case["image"] for case in listed if not Path(case["image"]).is_file()]:
+    missing = [case["image"] for case in listed if not Path(case["image"]).is_file()]
+    if missing and all_must_exist:
         raise ValueError(f"{source} lists {len(missing)} files that do not exist, the first one {missing[0]}")
     if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
         raise ValueError(
@@ -128,8 +130,8 @@ def find_cases(dataset_dir: str | Path | None) -> dict[str, list[Case]]:
 
 
 def list_cases(dataset_dir: str | Path | None) -> list[Case]:
-    """List all volumes of a dataset, whatever fold they are in; see :func:`find_cases`."""
-    return [case for fold in find_cases(dataset_dir).values() for case in fold]
+    """List all volumes of a dataset, of every fold, also listed ones that are not there; see :func:`find_cases`."""
+    return [case for fold in find_cases(dataset_dir, all_must_exist=False).values() for case in fold]
 
 
 def check_cases(
@@ -193,8 +195,6 @@ def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str |
         in_chans: what C must be.
     """
     channels, *shape = voxels.shape
-    if len(shape) == 4 and shape[-1] == 1:  # a last axis of length one says nothing
-        voxels, shape = voxels[..., 0], shape[:-1]
     if len(shape) != 3:
         return f"has {len(shape)} dimensions {tuple(shape)} where 3 are needed"
     if channels != in_chans:
@@ -297,6 +297,8 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
                 raise ValueError(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
             # As a segmentation's, so that MONAI completes the paths of labels too.
             folds[fold] = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
+    if others := [name for name in ("test", "testing") if content.get(name)]:
+        logger.info("%s: the list %s is left out, only training and validation are used", datalist, others[0])
     training = folds.get("training", [])
     if "validation" not in folds and any("fold" in item for item in training):
         folds["validation"] = [item for item in training if str(item.get("fold")) == "0"]
@@ -332,6 +334,8 @@ def _volumes_below(root: Path) -> list[Path]:
 
 
 def _case_name(path: Path, root: Path) -> str:
+    # Absolute first: a name must not lead out of the folder that results are written to.
+    path, root = (Path(os.path.abspath(place)) for place in (path, root))  # noqa: PTH100 (links stay links)
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix().lstrip("/")
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]

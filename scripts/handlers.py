@@ -236,10 +236,19 @@ class CheckpointHandler:
         validator: the evaluator, which knows the best metric and its epoch.
         network: what to save.
         save_encoder: also write the best network's ``encoder`` alone, to ``encoder.pt``.
+        about: settings, plain values, that a resumed run must share.
     """
 
-    def __init__(self, ckpt_dir: str | Path, validator: Engine, network: nn.Module, save_encoder: bool = False) -> None:
+    def __init__(
+        self,
+        ckpt_dir: str | Path,
+        validator: Engine,
+        network: nn.Module,
+        save_encoder: bool = False,
+        about: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.validator, self.network, self.save_encoder = Path(ckpt_dir), validator, network, save_encoder
+        self.about = about or {}
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -262,6 +271,7 @@ class CheckpointHandler:
             if self.save_encoder:
                 checkpoints.save(checkpoints.encoder_part(network), self.folder / "encoder.pt")
         state = {
+            "about": self.about,
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "best_metric": best.best_metric,
@@ -283,11 +293,20 @@ class ResumeHandler:
         validator: the evaluator.
         network: what was saved.
         resume: False leaves everything as it is, and so does a folder without a state.
+        about: settings, plain values, that must be those of the run that is continued.
     """
 
-    def __init__(self, ckpt_dir: str | Path, validator: Engine, network: nn.Module, resume: bool) -> None:
+    def __init__(
+        self,
+        ckpt_dir: str | Path,
+        validator: Engine,
+        network: nn.Module,
+        resume: bool,
+        about: dict[str, Any] | None = None,
+    ) -> None:
         self.path, self.validator, self.network, self.resume = Path(ckpt_dir), validator, network, resume
         self.path /= TRAINING_STATE
+        self.about = about or {}
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -299,6 +318,12 @@ class ResumeHandler:
         if not self.path.exists():
             return
         state = checkpoints.load(self.path)
+        for name, value in self.about.items():
+            if state["about"].get(name) != value:
+                raise ValueError(
+                    f"{self.path} is of a run with {name} {state['about'].get(name)!r}, not {value!r}: continue it as "
+                    "it was, or choose another --output_dir"
+                )
         checkpoints.load_network(self.network, state["network"], self.path)
         _restore_optimizer(engine.optimizer, state["optimizer"])
         engine.grad_scaler.load_state_dict(state["grad_scaler"])
@@ -417,6 +442,6 @@ def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: st
             if row == 0:
                 ax.set_title(f"{name}\n{('original', 'visible', 'rebuilt')[panel]}")
             if column == 0:
-                ax.set_ylabel(Path(case).name, fontsize=8)
+                ax.set_ylabel(Path(case).name, fontsize=8, parse_math=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=90)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from . import checkpoints
+from .data import reason
 from .engine import AutocastInferer
 
 __all__ = [
@@ -51,7 +53,13 @@ def load_encoder(network: nn.Module, checkpoint: str | Path) -> nn.Module:
         ValueError: when there is no such file, or anything in it does not fit.
     """
     weights = checkpoints.load_state_dict(checkpoint)
-    checkpoints.load_network(network, checkpoints.encoder_part(weights) or weights, checkpoint)
+    weights = checkpoints.encoder_part(weights) or weights
+    strict = checkpoints.has_strict_stem(weights)
+    if strict is not None and strict != network.strict_stem:
+        raise ValueError(
+            f"{checkpoint} has {'a strict' if strict else 'the default'} stem: add --strict_stem {str(strict).lower()}"
+        )
+    checkpoints.load_network(network, weights, checkpoint)
     return network
 
 
@@ -99,20 +107,24 @@ def place_in_window(
     return F.pad(volume, pads, value=background), Placement(before, size, patch_size)
 
 
-def feature_affine(affine: np.ndarray, placement: Placement, stride: int) -> np.ndarray:
+def feature_affine(
+    affine: np.ndarray, placement: Placement, stride: int, first_centre: float | None = None
+) -> np.ndarray:
     """Say where the tokens of a feature map lie: each at the centre of its patch.
 
     Args:
         affine: 4×4, of the volume: voxel index to mm.
         placement: of the volume among the windows.
         stride: voxels from one token to the next: P, or less for the stem's skips.
+        first_centre: what the first token of the padded volume is centred on, in voxels; default: the middle of its
+            block. The overlapping kernels of the default stem are centred on its first voxel, 0.
 
     Returns:
         4×4: token index, counted from the first one kept, to mm in the same space.
     """
     first_patch = np.array([tokens.start * placement.patch_size for tokens in placement.tokens])
     to_voxel = np.diag([stride, stride, stride, 1.0])
-    to_voxel[:3, 3] = first_patch - placement.pad_before + (stride - 1) / 2
+    to_voxel[:3, 3] = first_patch - placement.pad_before + ((stride - 1) / 2 if first_centre is None else first_centre)
     return affine @ to_voxel
 
 
@@ -154,7 +166,7 @@ class FeatureWindowInferer(SlidingWindowInferer):
             mode="gaussian",
             sw_device=device,
             device="cpu",
-            progress=False,
+            progress=sys.stderr.isatty(),
         )
         self.autocast = AutocastInferer(precision, device)
 
@@ -173,7 +185,7 @@ class FeatureEvaluator(SupervisedEvaluator):
     """MONAI's SupervisedEvaluator for one volume an iteration: pads, slides, crops back, and survives a bad file.
 
     ``state.output`` is a dict of ``case``, ``features`` ``(C, d, h, w)``, ``affine``, ``embedding`` ``(C,)``,
-    ``skips`` (list of (map, affine)), ``volume`` and ``placement``; of a volume that failed, ``case`` and ``error``.
+    ``skips`` (maps, finest first), ``volume`` and ``placement``; of a volume that failed, ``case`` and ``error``.
 
     Args:
         window_size: the network's ``img_size``, in voxels.
@@ -202,13 +214,21 @@ class FeatureEvaluator(SupervisedEvaluator):
         """Extract the features of one volume."""
         if "error" in batchdata:
             return {"case": batchdata["case"], "error": batchdata["error"]}
+        try:
+            return engine._extract(batchdata)
+        except Exception as error:  # out of memory on one volume must not cost the others
+            return {"case": batchdata["case"], "error": reason(error)}
+
+    def _extract(self, batchdata: dict[str, Any]) -> dict[str, Any]:
         volume, affine = batchdata["image"].as_tensor(), batchdata["image"].affine.numpy()
         padded, placement = place_in_window(volume, self.window_size, self.patch_size, self.background)
-        with engine.mode(engine.network):
-            network = engine.network.forward_with_skips if self.save_skips else engine.network
-            output = engine.inferer(padded[None], network)
+        with self.mode(self.network):
+            network = self.network.forward_with_skips if self.save_skips else self.network
+            output = self.inferer(padded[None], network)
         *skips, features = (part[0] for part in output) if self.save_skips else (output[0],)
         features = features[(slice(None), *placement.tokens)]
+        if not torch.isfinite(features).all():
+            raise ValueError("its features are not finite: try --precision fp32")
         return {
             "case": batchdata["case"],
             "volume": volume[0],
@@ -217,6 +237,8 @@ class FeatureEvaluator(SupervisedEvaluator):
             "features": features,
             "embedding": self._pool(features, padded, placement),
             "skips": [_crop(skip, padded, placement) for skip in skips],
+            # A strict stem's blocks are centred on their middle, the default stem's kernels on their first voxel.
+            "skip_centre": None if self.network.strict_stem else 0.0,
         }
 
     def _pool(self, features: Tensor, padded: Tensor, placement: Placement) -> Tensor:
@@ -258,23 +280,33 @@ class FeatureWriter:
     def write(self, engine: Engine) -> None:
         """Write one case."""
         output = engine.state.output
+        folder = self.folder / output["case"]
+        _clear(folder)  # of an earlier run's files
+        if "error" not in output:
+            try:
+                self._write(output, folder)
+            except Exception as error:
+                _clear(folder)
+                output = {"case": output["case"], "error": f"cannot be written ({reason(error)})"}
         if "error" in output:
             self.failures.append(f"{output['case']}: {output['error']}")
-            return
-        folder = self.folder / output["case"]
+        else:
+            logger.info("%s: %s features on a grid of %s", output["case"], *_channels_and_grid(output["features"]))
+        engine.state.output = {"case": output["case"]}  # nothing large is kept while the next volume loads
+
+    def _write(self, output: dict[str, Any], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        placement = output["placement"]
-        _save_map(folder / "features.nii.gz", output["features"], output["affine"], placement)
+        place = output["affine"], output["placement"]
+        _save_map(folder / "features.nii.gz", output["features"], *place)
         for number, skip in enumerate(output["skips"], start=1):
-            _save_map(folder / f"skip_{number}.nii.gz", skip, output["affine"], placement)
+            _save_map(folder / f"skip_{number}.nii.gz", skip, *place, output["skip_centre"])
+        if self.figures:
+            _draw(output, folder / "figure.png")
         with (self.folder / "embeddings.csv").open("a", newline="") as file:
             table = csv.writer(file)
             if file.tell() == 0:
                 table.writerow(["case", *(f"f{number}" for number in range(len(output["embedding"])))])
             table.writerow([output["case"], *(f"{value:.6g}" for value in output["embedding"].tolist())])
-        if self.figures:
-            _draw(output, folder / "figure.png")
-        logger.info("%s: %s features on a grid of %s", output["case"], *_channels_and_grid(output["features"]))
 
     def report(self, engine: Engine) -> None:
         """End with an error that names every volume without features."""
@@ -314,11 +346,22 @@ def _crop(skip: Tensor, padded: Tensor, placement: Placement) -> Tensor:
     return skip[(slice(None), *tokens)]
 
 
-def _save_map(path: Path, features: Tensor, affine: np.ndarray, placement: Placement) -> None:
+def _clear(folder: Path) -> None:
+    """Remove what a FeatureWriter writes for a case."""
+    for pattern in ("features.nii.gz", "skip_*.nii.gz", "figure.png"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _save_map(
+    path: Path, features: Tensor, affine: np.ndarray, placement: Placement, first_centre: float | None = None
+) -> None:
     """Write ``(C, d, h, w)`` as a NIfTI of ``(d, h, w, C)``, whole or not at all."""
     kept = placement.tokens[0].stop - placement.tokens[0].start
     stride = placement.patch_size * kept // features.shape[1]
-    image = nib.Nifti1Image(features.permute(1, 2, 3, 0).numpy(), feature_affine(affine, placement, stride))
+    image = nib.Nifti1Image(
+        features.permute(1, 2, 3, 0).numpy(), feature_affine(affine, placement, stride, first_centre)
+    )
     beside = path.with_name(f".{path.name}")
     nib.save(image, beside)
     beside.replace(path)
@@ -351,7 +394,8 @@ def _draw(output: dict[str, Any], path: Path) -> None:
         rgb.imshow(tokens.transpose(1, 0, 2), origin="lower", interpolation="nearest", extent=extent)
         for ax, title in ((gray, name), (rgb, "features")):
             ax.set(xticks=[], yticks=[], xlim=(0, size[across]), ylim=(0, size[up]), title=title, aspect="equal")
-    figure.suptitle(f"{output['case']}: volume, and the first three principal components of its features")
+    title = f"{output['case']}: volume, and the first three principal components of its features"
+    figure.suptitle(title, parse_math=False)  # a name may hold dollars
     figure.savefig(path, dpi=100)
 
 

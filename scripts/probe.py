@@ -67,12 +67,15 @@ class TokenProbe:
         scores = r_squared(prediction, val_y)
         report = {
             **self.about,
-            "r2": scores.mean().item(),
+            "r2": scores.nanmean().item(),
             "r2_standard_error": _standard_error(prediction, val_y),
             "r2_by_label": scores.tolist(),
             "penalty": penalty,
             "training_cases": len(train_x),
             "validation_cases": len(val_x),
+            # For paired comparisons of two probes: what each case adds to the error and to the variance.
+            "error_by_case": (prediction - val_y).square().mean(dim=1).tolist(),
+            "variance_by_case": (val_y - val_y.mean(dim=(0, 1))).square().mean(dim=1).tolist(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(report, indent=1) + "\n")
@@ -127,10 +130,13 @@ def fit_ridge(features: Tensor, target: Tensor, penalty: float) -> Callable[[Ten
 
 
 def r_squared(prediction: Tensor, target: Tensor) -> Tensor:
-    """Share of the variance explained, one figure for each of the last axis; a constant guess scores 0."""
+    """Share of the variance explained, one figure for each of the last axis.
+
+    A constant guess scores 0; where the target is constant, there is nothing to explain: NaN.
+    """
     prediction, target = (values.reshape(-1, values.shape[-1]).double() for values in (prediction, target))
     error, spread = (prediction - target).square().mean(dim=0), target.var(dim=0, correction=0)
-    return 1 - error / spread.clamp(min=1e-12)
+    return torch.where(spread > 0, 1 - error / spread, torch.nan)
 
 
 def _choose_penalty(features: Tensor, target: Tensor) -> float:
@@ -141,7 +147,7 @@ def _choose_penalty(features: Tensor, target: Tensor) -> float:
 
     def score(penalty: float) -> float:
         predict = fit_ridge(features[~held_out], target[~held_out], penalty)
-        return r_squared(predict(features[held_out]), target[held_out]).mean().item()
+        return r_squared(predict(features[held_out]), target[held_out]).nanmean().nan_to_num(-torch.inf).item()
 
     return max(PENALTIES, key=score)
 
@@ -150,7 +156,7 @@ def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) ->
     """Bootstrap over cases, always the same way: how much the score would vary with other validation cases."""
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randint(len(target), (len(target),), generator=generator) for _ in range(resamples))
-    return torch.stack([r_squared(prediction[draw], target[draw]).mean() for draw in draws]).std().item()
+    return torch.stack([r_squared(prediction[draw], target[draw]).nanmean() for draw in draws]).std().item()
 
 
 def labelled(cases: Sequence[dict[str, Any]], most: int | None = None) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from monai.transforms import MapTransform
 
 from .data import voxel_problem
 
-__all__ = ["RefuseUnusabled"]
+__all__ = ["RefuseHuged", "RefuseUnusabled"]
 
 
 class RefuseUnusabled(MapTransform):
@@ -39,4 +39,36 @@ class RefuseUnusabled(MapTransform):
         for key in self.key_iterator(data):
             if problem := voxel_problem(np.asarray(data[key]), self.modality, self.in_chans):
                 raise ValueError(problem)
+        return dict(data)
+
+
+class RefuseHuged(MapTransform):
+    """Refuse volumes that resampling would make larger than memory should hold, before it is tried.
+
+    Args:
+        keys: of the volumes, MetaTensors ``(C, D, H, W)``.
+        spacing: that they will be resampled to, in mm; None: they stay as they are.
+        max_voxels: the largest size, all channels together.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float] | None, max_voxels: int) -> None:
+        super().__init__(keys)
+        self.spacing, self.max_voxels = spacing, max_voxels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data as it is.
+
+        Raises:
+            ValueError: saying how large a volume would be.
+        """
+        for key in self.key_iterator(data):
+            image = data[key]
+            shape = np.array(image.shape[1:], dtype=float)
+            if self.spacing is not None:
+                shape = np.ceil(shape * np.array(image.pixdim) / np.array(self.spacing))
+            if (voxels := image.shape[0] * shape.prod()) > self.max_voxels:
+                raise ValueError(
+                    f"would have {voxels:.3g} voxels {tuple(shape.astype(int).tolist())} at a spacing of "
+                    f"{self.spacing or 'its own'}: max_voxels is {self.max_voxels:.3g}; choose a coarser spacing"
+                )
         return dict(data)

@@ -33,7 +33,7 @@ def load_original(pretrained: str | Path | None, settings: dict[str, Any]) -> Be
 
     Args:
         pretrained: the whole network's weights, such as ``model.pt`` of a pre-training.
-        settings: arguments of :class:`BertsWinMAE`; ``strict_stem`` is read off the weights.
+        settings: arguments of :class:`BertsWinMAE`. ``strict_stem`` may be None: it is read off the weights.
 
     Raises:
         ValueError: when there are no such weights, or they do not fit the settings.
@@ -41,9 +41,14 @@ def load_original(pretrained: str | Path | None, settings: dict[str, Any]) -> Be
     if pretrained is None:
         raise ValueError("give --pretrained, the model.pt of a pre-training: stem tuning starts from its weights")
     weights = checkpoints.load_state_dict(pretrained)
-    first_kernel = weights.get("encoder.stem.stages.0.0.weight")
-    strict = first_kernel is not None and first_kernel.shape[-1] == 2
-    network = BertsWinMAE(**(settings | {"strict_stem": strict}))
+    strict = bool(checkpoints.has_strict_stem(weights))
+    if settings.get("strict_stem") not in (None, strict):
+        raise ValueError(
+            f"{pretrained} has {'a strict' if strict else 'the default'} stem, not what strict_stem "
+            f"{settings['strict_stem']} says: leave strict_stem out, it is read off the weights"
+        )
+    blockwise = strict and settings.get("blockwise_norm", False)
+    network = BertsWinMAE(**(settings | {"strict_stem": strict, "blockwise_norm": blockwise}))
     checkpoints.load_network(network, weights, pretrained)
     return network
 
@@ -71,6 +76,10 @@ class StemTuning(nn.Module):
             raise ValueError(f"stem {stem!r} must be 'keep' or 'strict'")
         self.objective = _checked_objective(objective)
         self.original = original.requires_grad_(False)
+        if stem == "keep" and settings.get("blockwise_norm") and not original.encoder.strict_stem:
+            raise ValueError(
+                "blockwise_norm needs a strict stem, which the pre-trained one is not: give --stem strict too"
+            )
         if stem == "keep":
             self.network = copy.deepcopy(original)
         else:
@@ -213,7 +222,18 @@ class StemTuningReport:
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
+        engine.add_event_handler(Events.STARTED, self.check_start)
         engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def check_start(self, engine: Engine) -> None:
+        """Refuse to continue a run that started from other weights."""
+        try:
+            self.tuning.check_frozen()
+        except RuntimeError as error:
+            raise ValueError(
+                "--pretrained is not the network that this run started from: continue it with the same one, or choose "
+                "another --output_dir"
+            ) from error
 
     def write(self, engine: Engine) -> None:
         """Check the frozen weights and write the report."""

@@ -1,5 +1,6 @@
 """Promises of weights on disk."""
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def test_the_command_converts_a_training_state_and_back_and_accounts_for_every_t
     flags = ("--config_file", config)
     there = convert("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", *flags)
     assert there.returncode == 0, there.stderr
-    assert f"{len(network.state_dict())} matched" in there.stdout
+    assert f"{len(network.state_dict())} matched, 0 missing" in there.stdout.replace(";", ",")
+    assert "   matched  decoder.head.6.bias" in there.stdout  # every tensor by name
     back = convert("to_authors", tmp_path / "model.pt", tmp_path / "back.pt", *flags)
     assert back.returncode == 0, back.stderr
     returned = torch.load(tmp_path / "back.pt", weights_only=True)["model_state_dict"]
@@ -148,3 +150,20 @@ def test_the_command_refuses_to_finish_when_a_weight_is_missing(tmp_path):
     assert "1 missing (encoder.swin.blocks.1.mlp.linear2.bias)" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "model.pt").exists()
+
+
+def test_the_command_takes_knobs_of_the_network_and_refuses_others(tmp_path):
+    config = tmp_path / "net.yaml"
+    config.write_text(yaml.safe_dump(TINY_KNOBS))
+    torch.save(checkpoints.to_reference_state_dict(tiny(strict_stem=True)), tmp_path / "authors.pt")
+    arguments = ("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", "--config_file", config)
+    assert convert(*arguments, "--strict_stem", "True").returncode == 0
+    refused = convert(*arguments, "--strict", "True")
+    assert refused.returncode == 1
+    assert "there is no knob strict of the network: it has img_size" in refused.stderr
+
+
+def test_what_else_a_checkpoint_holds_is_named(tmp_path):
+    torch.save({"weights": torch.ones(1), "args": argparse.Namespace(lr=1)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt cannot be read .* \(it also holds argparse\.Namespace\)"):
+        checkpoints.load(tmp_path / "model.pt")

@@ -22,7 +22,12 @@ BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
 # What the comments in the blocks say.
 SHAPES = {
     "README": {"features": (1, 192, 6, 8, 6)},
-    "encoder": {"features": (2, 192, 6, 8, 6), "scores": (2, 2), "segmentation": (1, 3, 48, 64, 48)},
+    "encoder": {
+        "features": (2, 192, 6, 8, 6),
+        "scores": (2, 2),
+        "segmentation": (1, 3, 48, 64, 48),
+        "large": (1, 192, 8, 9, 10),
+    },
 }
 # A run needs to be started and ended, not to become good.
 SHORT = {
@@ -80,6 +85,11 @@ def workplace(tmp_path_factory, cohort):
 def test_links_and_pictures_of_a_page_exist(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_has_no_figure_left_to_fill_in(page):
+    assert re.findall(r"[A-Z]{5,}_RESULTS?|UNEXPLAINED\d+", page.read_text()) == []
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
 class PatchMeans(torch.nn.Module):
     """Stands in for the encoder: the mean of each patch, so that features show where a bright spot is."""
 
+    strict_stem = True
+
     def forward(self, volume):
         return torch.nn.functional.avg_pool3d(volume, 8).repeat(1, 4, 1, 1, 1)
 
@@ -220,3 +222,90 @@ def test_the_inference_config_is_complete_and_documents_every_knob(cohort, tmp_p
           ("bundle_root", "dataset_dir", "output_dir", "checkpoint")),
     ]  # fmt: skip
     assert config["_knobs_"].keys() <= config.keys()
+
+
+def run_here(tmp_path, network, **knobs):
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs" / "inference.json"),
+        workflow_type="infer",
+        output_dir=str(tmp_path / "out"),
+        network=network,
+        num_workers=0,
+        **(ENCODER_KNOBS | knobs),
+    )
+    workflow.initialize()
+    workflow.run()
+
+
+class FailsOnBright(PatchMeans):
+    """Runs out of memory, as it were, on one volume; answers another with what is no number."""
+
+    def forward(self, volume):
+        if volume[volume > -1].std() < 0.2:
+            raise RuntimeError("out of memory")
+        return super().forward(volume)
+
+
+def test_a_volume_that_fails_on_the_way_does_not_cost_the_others(tmp_path):
+    write_volume(tmp_path / "data" / "a_cost_$5_and_$6.nii.gz")
+    voxels = np.full((20, 20, 20), 50.0) + np.random.default_rng(0).normal(0, 0.1, (20, 20, 20))
+    voxels[::5, ::5, ::5] = 100
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "data" / "b_narrow.nii.gz")
+    write_volume(tmp_path / "data" / "c.nii.gz", seed=1)
+    (tmp_path / "data" / "d_gone.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    stale = tmp_path / "out" / "b_narrow" / "features.nii.gz"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier run")
+    with pytest.raises(RuntimeError) as caught:
+        run_here(tmp_path, FailsOnBright(), dataset_dir=str(tmp_path / "data"))
+    message = str(caught.value.__cause__)
+    assert "2 of 4 volumes have no features" in message
+    assert "b_narrow: out of memory" in message
+    assert "d_gone: " in message
+    assert not stale.exists()
+    for case in ("a_cost_$5_and_$6", "c"):
+        assert sorted(path.name for path in (tmp_path / "out" / case).iterdir()) == ["features.nii.gz", "figure.png"]
+    rows = list(csv.DictReader((tmp_path / "out" / "embeddings.csv").open()))
+    assert [row["case"] for row in rows] == ["a_cost_$5_and_$6", "c"]
+
+
+def test_nothing_is_written_outside_the_output_folder(tmp_path):
+    write_volume(tmp_path / "scans" / "a.nii.gz")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "l.json").write_text(json.dumps({"training": [{"image": "../scans/a.nii.gz"}]}))
+    run_here(tmp_path, PatchMeans(), dataset_dir=str(tmp_path / "lists" / "l.json"), figures=False)
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a.nii.gz"]
+    assert len(list((tmp_path / "out").rglob("features.nii.gz"))) == 1
+
+
+def test_a_volume_that_resampling_would_blow_up_is_refused_by_its_size(tmp_path):
+    write_volume(tmp_path / "data" / "a.nii.gz", shape=(40, 40, 40), spacing=2.0)
+    with pytest.raises(RuntimeError) as caught:
+        run_here(tmp_path, PatchMeans(), dataset_dir=str(tmp_path / "data"), spacing=[0.1] * 3, max_voxels=10**8)
+    assert "a: would have 5.12e+08 voxels (800, 800, 800) at a spacing of [0.1, 0.1, 0.1]" in str(
+        caught.value.__cause__
+    )
+
+
+def test_weights_of_a_strict_stem_are_recognised(tmp_path):
+    torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt has a strict stem: add --strict_stem true"):
+        load_encoder(tiny().encoder, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("strict_stem", [False, True])
+def test_skips_are_placed_where_their_kernels_are_centred(strict_stem):
+    stem = tiny(strict_stem=strict_stem, patch_size=8).encoder.stem
+    volume = torch.zeros(1, 1, 32, 32, 32, requires_grad=True)
+    x = volume
+    for level, stage in enumerate(stem.stages, start=1):
+        x = stage[0](x)  # convolutions alone: group norm looks everywhere
+        x = x + 0 * x
+        (gradient,) = torch.autograd.grad(
+            x[0, :, 2, 2, 2].square().sum() + x[0, :, 2, 2, 2].sum(), volume, retain_graph=True
+        )
+        seen = gradient[0, 0].abs().amax(dim=(1, 2)).nonzero().flatten().float()
+        centre = (seen.min() + seen.max()) / 2
+        placement = Placement((0, 0, 0), (32, 32, 32), 8)
+        affine = feature_affine(np.eye(4), placement, 2**level, None if strict_stem else 0.0)
+        assert (affine @ [2, 0, 0, 1])[0] == pytest.approx(centre.item())

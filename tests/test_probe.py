@@ -89,3 +89,10 @@ def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode):
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert report["mode"] == mode
     assert report["r2"] > 0.1
+
+
+def test_a_label_that_is_nowhere_does_not_spoil_the_score():
+    target = torch.stack([noise(40), torch.zeros(40)], dim=1)
+    scores = r_squared(target + 0.1 * noise(40, 2, seed=1), target)
+    assert scores[0] > 0.9
+    assert scores[1].isnan()

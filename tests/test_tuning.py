@@ -9,7 +9,7 @@ from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny
 from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder, BertsWinMAE
-from scripts.tuning import StemTuning, StemTuningLoss, load_original, summarise
+from scripts.tuning import StemTuning, StemTuningLoss, StemTuningReport, load_original, summarise
 
 CONFIGS = ROOT / "configs"
 KNOBS = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}  # tuning draws none
@@ -113,6 +113,7 @@ def test_the_configs_agree_on_what_they_share():
     assert inference["intensities"] == train["intensities"]
     assert inference["bundle_root"] == train["bundle_root"]
     assert [step for step in inference["loading"] if "scripts" not in step["_target_"]] == train["geometry"]
+    assert inference["network_def"]["strict_stem"] == "@strict_stem"
     network = {k: v for k, v in train["network_def"].items() if not k.startswith(("decoder", "mask_ratio"))}
     assert inference["network_def"] == network | {"_target_": "scripts.encoder.BertsWinEncoder"}
 
@@ -166,6 +167,13 @@ def test_tuning_leaves_a_report_a_network_and_an_encoder(cohort, tmp_path, pretr
     volume = noise(1, 1, 32, 32, 32)
     assert torch.equal(encoder.eval()(volume), tuned.eval().encoder(volume))
 
+    other = tune(
+        output_dir=tmp_path, resume="true", **(settings | {"objective": "both" if stem == "keep" else "distillation"})
+    )
+    assert other.returncode == 1
+    assert f"is of a run with objective '{objective}', not" in other.stderr
+    assert "Traceback" not in other.stderr
+
     resumed = tune(output_dir=tmp_path, resume="true", **(settings | {"max_epochs": 3}))
     assert resumed.returncode == 0, resumed.stderr
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -178,3 +186,31 @@ def test_tuning_without_pretrained_weights_ends_with_a_message(cohort, tmp_path)
     assert result.returncode == 1
     assert "error: give --pretrained" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_is_not_continued_from_other_weights():
+    network = tuning()
+    with torch.no_grad():
+        network.network.mask_token.add_(1)  # as ResumeHandler brings it back
+    report = StemTuningReport("x.json", "x.jsonl", network)
+    with pytest.raises(ValueError, match="--pretrained is not the network that this run started from"):
+        report.check_start(None)
+
+
+def test_stem_settings_that_contradict_the_weights_are_refused(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "model.pt")
+    assert not load_original(tmp_path / "model.pt", TINY | {"strict_stem": None}).encoder.strict_stem
+    with pytest.raises(ValueError, match="has the default stem, not what strict_stem True says"):
+        load_original(tmp_path / "model.pt", TINY | {"strict_stem": True})
+    with pytest.raises(ValueError, match="blockwise_norm needs a strict stem, which the pre-trained one is not"):
+        StemTuning(tiny(), "keep", TINY | {"blockwise_norm": True}, "both")
+
+
+@torch.no_grad()
+def test_a_stem_without_a_gap_has_nothing_to_tune(tmp_path):
+    torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
+    settings = TINY | {"strict_stem": None, "blockwise_norm": True}
+    out = StemTuning(load_original(tmp_path / "model.pt", settings), "keep", settings, "both").eval()(
+        noise(1, 1, 32, 32, 32)
+    )
+    torch.testing.assert_close(out["features"], out["patch_features"], rtol=1e-5, atol=1e-5)
