@@ -104,7 +104,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def has_strict_stem(state_dict: Mapping[str, Tensor]) -> bool | None:
     """Tell from the weights of a network, or of an encoder, what its stem's kernels are; None if it has no stem."""
-    name = next((name for name in state_dict if name.endswith("stem.stages.0.0.weight")), None)
+    name = _first_kernel(state_dict)
     return None if name is None else state_dict[name].shape[-1] == 2
 
 
@@ -274,7 +274,7 @@ def widen(state_dict: Mapping[str, Tensor], in_chans: int, spread: str) -> dict[
     """
     if spread not in ("mean", "first"):
         raise ValueError(f"spread {spread!r} must be 'mean' or 'first'")
-    first = next((name for name in state_dict if name.endswith("stem.stages.0.0.weight")), None)
+    first = _first_kernel(state_dict)
     if first is None or state_dict[first].shape[1] != 1:
         found = "no stem" if first is None else f"{state_dict[first].shape[1]} input channels"
         raise ValueError(f"only weights of one input channel can be widened; these have {found}")
@@ -290,6 +290,11 @@ def widen(state_dict: Mapping[str, Tensor], in_chans: int, spread: str) -> dict[
         wide["decoder.head.6.weight"] = kernel.repeat(repeats)
         wide["decoder.head.6.bias"] = wide["decoder.head.6.bias"].repeat(in_chans)
     return wide
+
+
+def _first_kernel(state_dict: Mapping[str, Tensor]) -> str | None:
+    """Name the stem's first kernel, of a whole network or of an encoder alone."""
+    return next((name for name in state_dict if name.endswith("stem.stages.0.0.weight")), None)
 
 
 def _examples(names: list[str]) -> str:

@@ -10,12 +10,13 @@ The configs are those that the network was, or will be, trained with: they say w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fire
 from monai.bundle import ConfigParser
+from torch import Tensor
 
 from . import checkpoints
 from .bertswin_mae import BertsWinMAE
@@ -53,9 +54,7 @@ def from_authors(source: str, target: str, config_file: str | Sequence[str] = CO
     if not isinstance(content, dict):
         raise ValueError(f"{source} holds a {type(content).__name__}, not weights by name")
     weights = checkpoints.convert_reference_state_dict(content.get("model_state_dict", content))
-    network = _network(config_file, knobs)
-    print(checkpoints.compare(network.state_dict(), weights).account())
-    checkpoints.load_network(network, weights, source)
+    network = _filled(_network(config_file, knobs), weights, source)
     checkpoints.save(network.state_dict(), target)
     print(f"wrote {target}")
 
@@ -72,9 +71,7 @@ def to_authors(source: str, target: str, config_file: str | Sequence[str] = CONF
     Raises:
         ValueError: with the account, when anything is missing, left over or of another shape.
     """
-    weights, network = checkpoints.load_state_dict(source), _network(config_file, knobs)
-    print(checkpoints.compare(network.state_dict(), weights).account())
-    checkpoints.load_network(network, weights, source)
+    network = _filled(_network(config_file, knobs), checkpoints.load_state_dict(source), source)
     checkpoints.save({"model_state_dict": checkpoints.to_reference_state_dict(network)}, target)
     print(f"wrote {target}")
 
@@ -95,6 +92,13 @@ def widen(source: str, target: str, in_chans: int, spread: str) -> None:
     """
     checkpoints.save(checkpoints.widen(checkpoints.load_state_dict(source), in_chans, spread), target)
     print(f"wrote {target}: {in_chans} channels, spread by {spread}")
+
+
+def _filled(network: BertsWinMAE, weights: Mapping[str, Tensor], source: str) -> BertsWinMAE:
+    """Account for every tensor, and load them all or none."""
+    print(checkpoints.compare(network.state_dict(), weights).account())
+    checkpoints.load_network(network, weights, source)
+    return network
 
 
 def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> BertsWinMAE:

@@ -79,7 +79,25 @@ class AutocastInferer(SimpleInferer):
             return super().__call__(inputs, network, *args, **kwargs)
 
 
-class PrepareMaskedBatch(PrepareBatch):
+class PrepareWholeBatch(PrepareBatch):
+    """Turn a batch of the data loader into the network's arguments, with nothing masked.
+
+    Args:
+        patch_size: P, in voxels.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+    ) -> tuple[Tensor, Tensor, tuple, dict]:
+        """Return the volume ``(B, C, D, H, W)`` and the target patches ``(B, N, P³·C)``."""
+        volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
+        return volume, patchify(volume, self.patch_size), (), {}
+
+
+class PrepareMaskedBatch(PrepareWholeBatch):
     """Turn a batch of the data loader into the network's arguments, with a mask drawn from each volume's seed.
 
     Training draws come with a seed of their own; that of a validation case follows from its name. So the mask is new
@@ -97,38 +115,24 @@ class PrepareMaskedBatch(PrepareBatch):
     def __init__(self, patch_size: int, mask_ratio: float, seed: int = 0) -> None:
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} must lie in (0, 1) to train on, for example 0.75")
-        self.patch_size, self.mask_ratio, self.seed = patch_size, mask_ratio, seed
+        super().__init__(patch_size)
+        self.mask_ratio, self.seed = mask_ratio, seed
 
     def __call__(
-        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+        self,
+        batchdata: dict[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
         """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and the mask by keyword."""
-        volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
-        target = patchify(volume, self.patch_size)
+        volume, target, *_ = super().__call__(batchdata, device, non_blocking, **kwargs)
         if "seed" in batchdata:
             seeds = batchdata["seed"].tolist()
         else:
             seeds = [case_seed(case, self.seed) for case in batchdata["case"]]
         masked = random_masking(torch.ones(target.shape[:2], dtype=torch.bool), self.mask_ratio, seeds)
         return volume, target, (), {"masked": masked.to(device, non_blocking=non_blocking)}
-
-
-class PrepareWholeBatch(PrepareBatch):
-    """Turn a batch of the data loader into the network's arguments, with nothing masked.
-
-    Args:
-        patch_size: P, in voxels.
-    """
-
-    def __init__(self, patch_size: int) -> None:
-        self.patch_size = patch_size
-
-    def __call__(
-        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
-    ) -> tuple[Tensor, Tensor, tuple, dict]:
-        """Return the volume ``(B, C, D, H, W)`` and the target patches ``(B, N, P³·C)``."""
-        volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
-        return volume, patchify(volume, self.patch_size), (), {}
 
 
 class MAETrainer(SupervisedTrainer):

@@ -273,7 +273,6 @@ class CheckpointHandler:
         state = {
             "about": self.about,
             "epoch": engine.state.epoch,
-            "iteration": engine.state.iteration,
             "best_metric": best.best_metric,
             "best_metric_epoch": best.best_metric_epoch,
             "network": network,

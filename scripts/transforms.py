@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,26 @@ from .data import voxel_problem
 __all__ = ["RefuseHuged", "RefuseUnusabled"]
 
 
-class RefuseUnusabled(MapTransform):
+class _Refusing(MapTransform, ABC):
+    """Hand volumes on as they are, or refuse them with the reason."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data as it is.
+
+        Raises:
+            ValueError: saying why a volume cannot be used.
+        """
+        for key in self.key_iterator(data):
+            if problem := self.problem(data[key]):
+                raise ValueError(problem)
+        return dict(data)
+
+    @abstractmethod
+    def problem(self, image: Any) -> str | None:
+        """Say why a volume ``(C, D, H, W)`` cannot be used, or None if it can."""
+
+
+class RefuseUnusabled(_Refusing):
     """Refuse volumes that cannot be used: not 3D, constant, not finite, or not in Hounsfield units for a CT.
 
     The checks are those that training makes beforehand (:func:`~bertswin_mae.data.voxel_problem`). Put it behind
@@ -30,19 +50,12 @@ class RefuseUnusabled(MapTransform):
         super().__init__(keys)
         self.modality, self.in_chans = modality, in_chans
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the data as it is.
-
-        Raises:
-            ValueError: saying why a volume cannot be used.
-        """
-        for key in self.key_iterator(data):
-            if problem := voxel_problem(np.asarray(data[key]), self.modality, self.in_chans):
-                raise ValueError(problem)
-        return dict(data)
+    def problem(self, image: Any) -> str | None:
+        """See :func:`~bertswin_mae.data.voxel_problem`."""
+        return voxel_problem(np.asarray(image), self.modality, self.in_chans)
 
 
-class RefuseHuged(MapTransform):
+class RefuseHuged(_Refusing):
     """Refuse volumes that resampling would make larger than memory should hold, before it is tried.
 
     Args:
@@ -55,20 +68,14 @@ class RefuseHuged(MapTransform):
         super().__init__(keys)
         self.spacing, self.max_voxels = spacing, max_voxels
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the data as it is.
-
-        Raises:
-            ValueError: saying how large a volume would be.
-        """
-        for key in self.key_iterator(data):
-            image = data[key]
-            shape = np.array(image.shape[1:], dtype=float)
-            if self.spacing is not None:
-                shape = np.ceil(shape * np.array(image.pixdim) / np.array(self.spacing))
-            if (voxels := image.shape[0] * shape.prod()) > self.max_voxels:
-                raise ValueError(
-                    f"would have {voxels:.3g} voxels {tuple(shape.astype(int).tolist())} at a spacing of "
-                    f"{self.spacing or 'its own'}: max_voxels is {self.max_voxels:.3g}; choose a coarser spacing"
-                )
-        return dict(data)
+    def problem(self, image: Any) -> str | None:
+        """Say how large a volume would be, if that is too large."""
+        shape = np.array(image.shape[1:], dtype=float)
+        if self.spacing is not None:
+            shape = np.ceil(shape * np.array(image.pixdim) / np.array(self.spacing))
+        if (voxels := image.shape[0] * shape.prod()) <= self.max_voxels:
+            return None
+        return (
+            f"would have {voxels:.3g} voxels {tuple(shape.astype(int).tolist())} at a spacing of "
+            f"{self.spacing or 'its own'}: max_voxels is {self.max_voxels:.3g}; choose a coarser spacing"
+        )
