@@ -13,12 +13,14 @@ from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import case_seed
 from .masking import patchify, random_masking
 
 __all__ = [
     "AutocastInferer",
+    "ConductorTrainer",
     "MAETrainer",
     "NonFiniteLossError",
     "PrepareMaskedBatch",
@@ -138,6 +140,8 @@ class PrepareMaskedBatch(PrepareWholeBatch):
 class MAETrainer(SupervisedTrainer):
     """MONAI's SupervisedTrainer with the masked loss, any device's autocast, clipping and a rate by step.
 
+    Beside what MONAI's leaves in ``state.output``, there are ``components``: what the loss is made of.
+
     Args:
         lr_scheduler: stepped after every optimiser step; default: a constant rate.
         clip_norm: largest norm of the whole gradient; default: no clipping.
@@ -162,36 +166,56 @@ class MAETrainer(SupervisedTrainer):
         """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
         volume, target, args, kwargs = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
         place = (engine.state.iteration - 1) % engine.state.epoch_length
+        is_last = (place + 1) % engine.accumulation_steps == 0 or place + 1 == engine.state.epoch_length
         engine.network.train()
         if place % engine.accumulation_steps == 0:
-            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+            engine._start_gradient()
         engine.state.output = {Keys.IMAGE: volume, Keys.LABEL: target}
-        prediction = engine.inferer(volume, engine.network, *args, **kwargs)
-        engine.state.output[Keys.PRED] = prediction
-        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        loss = engine.loss_function(prediction, target)
-        engine.state.output[Keys.LOSS] = loss
-        engine.fire_event(IterationEvents.LOSS_COMPLETED)
-        if not torch.isfinite(loss):
-            engine._refuse(f"the loss is {loss.item()}")
-        engine.grad_scaler.scale(loss / engine.accumulation_steps).backward()
+        with engine._synchronising(is_last):
+            prediction = engine.inferer(volume, engine.network, *args, **kwargs)
+            engine.state.output[Keys.PRED] = prediction
+            engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+            loss = engine._score(prediction, target)
+            engine.state.output[Keys.LOSS] = loss
+            engine.state.output["components"] = getattr(engine.loss_function, "last_components", {})
+            engine.fire_event(IterationEvents.LOSS_COMPLETED)
+            if not torch.isfinite(loss):
+                engine._refuse(f"the loss is {loss.item()}")
+            engine._backward(loss)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if (place + 1) % engine.accumulation_steps == 0 or place + 1 == engine.state.epoch_length:
+        if is_last:
             engine._step()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
+    def _synchronising(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Let DistributedDataParallel average gradients over the ranks at the last of the accumulated ones only."""
+        wait = isinstance(self.network, DistributedDataParallel) and not is_last
+        return self.network.no_sync() if wait else contextlib.nullcontext()
+
+    def _start_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self.optim_set_to_none)
+
+    def _score(self, prediction: Any, target: Tensor) -> Tensor:
+        return self.loss_function(prediction, target)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.grad_scaler.scale(loss / self.accumulation_steps).backward()
+
     def _step(self) -> None:
         self.grad_scaler.unscale_(self.optimizer)
+        self._clip()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    def _clip(self) -> None:
         limit = math.inf if self.clip_norm is None else self.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         # With half precision an overflow is no mistake: the scaler skips the step and scales less.
         if not torch.isfinite(norm) and not self.grad_scaler.is_enabled():
             self._refuse(f"the gradient's norm is {norm.item()}")
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
 
     def _refuse(self, what: str) -> NoReturn:
         state = self.state
@@ -199,3 +223,60 @@ class MAETrainer(SupervisedTrainer):
             f"{what} in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: look at "
             "these volumes, or lower learning_rate"
         )
+
+
+class ConductorTrainer(MAETrainer):
+    """The trainer that drives a GradientConductor: one gradient a task, accumulated, merged, clipped and applied.
+
+    The tasks are those of the loss (:meth:`~bertswin_mae.losses.SumOfLosses.tasks`): every component of it, or every
+    one of several losses. Each takes a backward pass of its own.
+
+    Args:
+        kwargs: of :class:`MAETrainer`, whose ``optimizer`` is a
+            :class:`~bertswin_mae.optimizers.GradientConductor`.
+
+    Raises:
+        ValueError: for half precision, whose scaled gradients cannot be weighed against each other.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.grad_scaler.is_enabled():
+            raise ValueError("the conductor weighs gradients, which fp16 scales: choose --precision bf16 or fp32")
+
+    def _synchronising(self, is_last: bool) -> contextlib.AbstractContextManager:
+        return super()._synchronising(is_last=False)
+
+    def _start_gradient(self) -> None:
+        self.task_gradients: dict[str, list[Tensor | None]] = {}
+
+    def _score(self, prediction: Any, target: Tensor) -> Tensor:
+        self.task_losses = self.loss_function.tasks(prediction, target)
+        return torch.stack(list(self.task_losses.values())).sum()
+
+    def _backward(self, loss: Tensor) -> None:
+        parameters = self.optimizer.param_groups[0]["params"]
+        left = len(self.task_losses)
+        for task, part in self.task_losses.items():
+            left -= 1
+            # `grad` leaves `.grad` alone, and with it the hooks by which DistributedDataParallel would average: the
+            # conductor averages each task over the ranks itself, before it judges.
+            gradients = torch.autograd.grad(
+                part / self.accumulation_steps, parameters, retain_graph=left > 0, allow_unused=True
+            )
+            so_far = self.task_gradients.get(task)
+            self.task_gradients[task] = list(gradients) if so_far is None else list(map(_added, so_far, gradients))
+
+    def _step(self) -> None:
+        self.optimizer.merge(self.task_gradients)
+        self._clip()
+        self.optimizer.step()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+
+def _added(so_far: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """Add up in float32; None stands for zeros."""
+    if so_far is None or gradient is None:
+        return so_far if gradient is None else gradient
+    return so_far.float() + gradient

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from monai.metrics.regression import compute_ssim_and_cs
 from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoints
 from .engine import NonFiniteLossError
@@ -29,6 +32,7 @@ from .masking import unpatchify
 
 __all__ = [
     "CheckpointHandler",
+    "ConductorStatistics",
     "EarlyStopping",
     "HiddenVoxelMetrics",
     "MetricsRecorder",
@@ -104,10 +108,13 @@ class MetricsRecorder:
         path: of ``metrics.jsonl``.
         validator: the evaluator, whose metrics are recorded.
         interval: epochs between two validations; the last epoch is validated too.
+        logged: of the figures, those in the log; default: all.
     """
 
-    def __init__(self, path: str | Path, validator: Engine, interval: int = 1) -> None:
-        self.path, self.validator, self.interval = Path(path), validator, interval
+    def __init__(
+        self, path: str | Path, validator: Engine, interval: int = 1, logged: Sequence[str] | None = None
+    ) -> None:
+        self.path, self.validator, self.interval, self.logged = Path(path), validator, interval, logged
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -124,20 +131,23 @@ class MetricsRecorder:
 
     def start_epoch(self, engine: Engine) -> None:
         """Forget the last epoch's losses."""
-        self.losses: list[Tensor] = []
+        self.losses: list[dict[str, Tensor]] = []
         self.started = time.monotonic()
         engine.state.learning_rate = engine.optimizer.param_groups[0]["lr"]
 
     def add_loss(self, engine: Engine) -> None:
-        """Keep an iteration's loss."""
-        self.losses.append(engine.state.output[Keys.LOSS].detach())
+        """Keep an iteration's loss, and its components where there are several."""
+        output = engine.state.output
+        parts = output.get("components", {})
+        self.losses.append({"loss": output[Keys.LOSS].detach(), **(parts if len(parts) > 1 else {})})
 
     def record(self, engine: Engine) -> None:
         """Write the epoch down."""
         state, record = engine.state, {}
         if self.losses:
-            mean_loss = torch.stack(self.losses).double().mean().item()
-            record["train_loss"] = idist.all_reduce(mean_loss, op="SUM") / idist.get_world_size()
+            sums = torch.stack([torch.stack(list(loss.values())) for loss in self.losses]).double().mean(dim=0)
+            means = idist.all_reduce(sums, op="SUM") / idist.get_world_size()
+            record = {f"train_{name}": mean for name, mean in zip(self.losses[0], means.tolist(), strict=True)}
         validated = state.epoch % self.interval == 0 or state.epoch == state.max_epochs
         if validated:
             metrics = self.validator.state.metrics
@@ -156,7 +166,7 @@ class MetricsRecorder:
         figures = "  ".join(
             f"{name.removeprefix('val_')} {value:.4g}"
             for name, value in record.items()
-            if name.startswith(("train_", "val_")) and value is not None
+            if name.startswith(("train_", "val_")) and value is not None and name in (self.logged or record)
         )
         logger.info("epoch %d/%d  %s  %.1f s", state.epoch, state.max_epochs, figures, record["seconds"])
 
@@ -176,6 +186,49 @@ class MetricsRecorder:
         beside = self.path.with_name(f".{self.path.name}")
         beside.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
         beside.replace(self.path)
+
+
+class ConductorStatistics:
+    """Write what a GradientConductor decided to TensorBoard, at every optimiser step.
+
+    ``conductor/norm_<task>``, ``conductor/cosine_<task>_<task>`` (before merging), and over the epoch
+    ``conductor/wins_<task>``: the share of the steps in which the task won a conflict.
+
+    Attach to a :class:`~bertswin_mae.engine.ConductorTrainer`.
+
+    Args:
+        summary_writer: of TensorBoard.
+    """
+
+    def __init__(self, summary_writer: SummaryWriter) -> None:
+        self.writer = summary_writer
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write_winners)
+
+    def start_epoch(self, engine: Engine) -> None:
+        """Count wins from zero."""
+        self.merged, self.step, self.wins = 0, engine.optimizer.steps, Counter()
+
+    def write(self, engine: Engine) -> None:
+        """Write norms and cosines, if this iteration made a step."""
+        if engine.optimizer.steps == self.step:
+            return
+        self.step, statistics = engine.optimizer.steps, engine.optimizer.statistics
+        self.merged += 1
+        self.wins.update(set(statistics["winners"]))
+        for task, norm in statistics["norms"].items():
+            self.writer.add_scalar(f"conductor/norm_{task}", norm, self.step)
+        for pair, cosine in statistics["cosines"].items():
+            self.writer.add_scalar(f"conductor/cosine_{'_'.join(pair)}", cosine, self.step)
+
+    def write_winners(self, engine: Engine) -> None:
+        """Write how often each task won."""
+        for task in engine.optimizer.statistics["norms"]:
+            self.writer.add_scalar(f"conductor/wins_{task}", self.wins[task] / self.merged, engine.state.epoch)
 
 
 class ReconstructionFigures:

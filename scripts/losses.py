@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
+from ignite.metrics import Metric
+from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["MaskedL2Loss", "MaskedLoss", "StructuralLoss"]
+from .masking import patchify, unpatchify
+
+__all__ = [
+    "MaskedL2Loss",
+    "MaskedLoss",
+    "MaskedLossMetrics",
+    "StructuralLoss",
+    "SumOfLosses",
+    "TissueWeightedLoss",
+    "choose_loss",
+]
 
 
 class MaskedLoss(nn.Module, ABC):
@@ -38,12 +53,16 @@ class MaskedLoss(nn.Module, ABC):
         Returns:
             A scalar; 0 when no patch is hidden.
         """
+        return torch.stack(list(self.tasks(prediction, target).values())).sum()
+
+    def tasks(self, prediction: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """Score a reconstruction by component: the weighted scalars whose sum :meth:`forward` returns."""
         with torch.autocast(target.device.type, enabled=False):
             parts = self.components(
                 prediction["reconstructed_patches"].float(), target.float(), prediction["mae_mask_1d"].float()
             )
-        self.last_components = {name: part.detach() for name, part in parts.items()}
-        return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+            self.last_components = {name: part.detach() for name, part in parts.items()}
+            return {name: self.weights[name] * part for name, part in parts.items()}
 
     @abstractmethod
     def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
@@ -116,13 +135,17 @@ class StructuralLoss(MaskedLoss):
 
     def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return ``brightness``, ``contrast`` and ``structure``."""
+        return {name: _mean_over(error, hidden) for name, error in self.patch_errors(prediction, target).items()}
+
+    def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the three errors of each patch, ``(B, N)``."""
         means, deviations, voxels = zip(*(self._describe(patches) for patches in (prediction, target)), strict=True)
         errors = {
             "brightness": (means[0] - means[1]).square(),
             "contrast": (deviations[0] - deviations[1]).square(),
             "structure": (voxels[0] - voxels[1]).square().mean(dim=-1, keepdim=True),
         }
-        return {name: _mean_over(error.flatten(2).mean(dim=-1), hidden) for name, error in errors.items()}
+        return {name: error.flatten(2).mean(dim=-1) for name, error in errors.items()}
 
     def _describe(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return means and deviations ``(B, N, S, 1)`` and standardised voxels ``(B, N, S, V)`` of the sub-patches."""
@@ -137,6 +160,188 @@ class StructuralLoss(MaskedLoss):
         return mean, deviation, (voxels - mean) / deviation
 
 
+class TissueWeightedLoss(MaskedLoss):
+    """The structural loss over all hidden patches, over those of soft tissue, and over those on the surface of bone.
+
+    A patch belongs to a group when more than half of its voxels do (paper, tissue-weighted form). Soft tissue is a
+    range of Hounsfield units of the target. The surface of bone is a shell: a bone mask dilated, without the same mask
+    eroded. The public reference takes that mask from a segmentation; here a threshold makes it. A group that no hidden
+    patch belongs to adds nothing.
+
+    Args:
+        structural: the loss whose weighted sum is taken of each group.
+        img_size: D, H, W, in voxels.
+        hu_scale: Hounsfield units one unit of the network's scale stands for.
+        hu_offset: the Hounsfield units of its zero.
+        weights: of ``all_tissue``, ``soft_tissue`` and ``bone_surface``.
+        soft_tissue: lowest and highest Hounsfield units.
+        bone: lowest Hounsfield units.
+        erosion: voxels that the shell reaches into bone.
+        dilation: voxels that it reaches out of it.
+
+    Raises:
+        ValueError: when the scale is not one of Hounsfield units.
+    """
+
+    def __init__(
+        self,
+        structural: StructuralLoss,
+        img_size: Sequence[int],
+        hu_scale: float | None,
+        hu_offset: float | None,
+        weights: Mapping[str, float] | None = None,
+        soft_tissue: tuple[float, float] = (-300.0, 300.0),
+        bone: float = 300.0,
+        erosion: int = 2,
+        dilation: int = 4,
+    ) -> None:
+        super().__init__(weights or {"all_tissue": 0.3, "soft_tissue": 0.5, "bone_surface": 0.2})
+        if hu_scale is None or hu_offset is None:
+            raise ValueError("the loss 'tissue' tells tissues by Hounsfield units: it needs --modality ct")
+        self.structural, self.hu_scale, self.hu_offset = structural, hu_scale, hu_offset
+        self.grid_size = tuple(side // structural.patch_size for side in img_size)
+        self.soft_tissue, self.bone, self.erosion, self.dilation = soft_tissue, bone, erosion, dilation
+
+    def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the structural loss of ``all_tissue``, ``soft_tissue`` and ``bone_surface``."""
+        errors = self.structural.patch_errors(prediction, target)
+        error = torch.stack([self.structural.weights[name] * error for name, error in errors.items()]).sum(dim=0)
+        groups = {"all_tissue": torch.ones_like(hidden), **self.groups(target)}
+        return {name: _mean_over(error, hidden * group) for name, group in groups.items()}
+
+    def groups(self, target: Tensor) -> dict[str, Tensor]:
+        """Tell which patches ``(B, N, P³·C)`` are of ``soft_tissue`` and of ``bone_surface``: ``(B, N)``, 1 or 0."""
+        hounsfield = target * self.hu_scale + self.hu_offset
+        soft = (hounsfield >= self.soft_tissue[0]) & (hounsfield <= self.soft_tissue[1])
+        size = self.structural.patch_size
+        bone = (unpatchify(hounsfield, size, self.grid_size) > self.bone).float()
+        # Eroding a mask is dilating its complement.
+        shell = _dilate(bone, self.dilation) * _dilate(1 - bone, self.erosion)
+        return {
+            "soft_tissue": (soft.float().mean(dim=-1) > 0.5).float(),
+            "bone_surface": (patchify(shell, size).mean(dim=-1) > 0.5).float(),
+        }
+
+
+class SumOfLosses(nn.Module):
+    """Several losses added up.
+
+    Args:
+        losses: by name. Their components are reported as ``<loss>_<component>``, or by the loss's name where it has
+            one only.
+        per: what counts as a task of its own for a :class:`~bertswin_mae.optimizers.GradientConductor`:
+            ``component`` or ``loss``.
+
+    Raises:
+        ValueError: for another ``per``.
+    """
+
+    def __init__(self, losses: Mapping[str, MaskedLoss], per: str = "component") -> None:
+        super().__init__()
+        if per not in ("component", "loss"):
+            raise ValueError(f"per {per!r} must be 'component' or 'loss'")
+        self.losses, self.per = nn.ModuleDict(losses), per
+
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        """What :attr:`last_components` will hold."""
+        return tuple(self._name(loss, part) for loss, module in self.losses.items() for part in module.weights)
+
+    @property
+    def last_components(self) -> dict[str, Tensor]:
+        """The unweighted components of the last call, detached."""
+        return {
+            self._name(loss, part): value
+            for loss, module in self.losses.items()
+            for part, value in module.last_components.items()
+        }
+
+    def forward(self, prediction: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """See :meth:`MaskedLoss.forward`."""
+        return torch.stack(list(self.tasks(prediction, target).values())).sum()
+
+    def tasks(self, prediction: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """Score by task: the scalars whose sum :meth:`forward` returns."""
+        tasks = {loss: module.tasks(prediction, target) for loss, module in self.losses.items()}
+        if self.per == "loss":
+            return {loss: torch.stack(list(parts.values())).sum() for loss, parts in tasks.items()}
+        return {self._name(loss, part): value for loss, parts in tasks.items() for part, value in parts.items()}
+
+    def _name(self, loss: str, part: str) -> str:
+        if len(self.losses[loss].weights) == 1:
+            return loss
+        return part if len(self.losses) == 1 else f"{loss}_{part}"
+
+
+class MaskedLossMetrics(Metric):
+    """A masked loss and its components over the validation set, batches weighted by their hidden patches.
+
+    Index the metric by ``loss`` or a component's name to attach one.
+
+    Args:
+        loss: what is measured.
+    """
+
+    def __init__(self, loss: SumOfLosses) -> None:
+        self.loss = loss
+        self.names = ("loss", *loss.component_names)
+        super().__init__(output_transform=lambda output: (output[Keys.LABEL], output[Keys.PRED]))
+
+    def by_name(self, total: str, prefix: str = "val_") -> dict[str, Metric]:
+        """Return one metric for the loss, called ``total``, and one a component, where there are several."""
+        parts = self.loss.component_names if len(self.loss.component_names) > 1 else ()
+        return {f"{prefix}{total}": self["loss"]} | {f"{prefix}{name}": self[name] for name in parts}
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Start a new epoch."""
+        self._sums = torch.zeros(1 + len(self.names), dtype=torch.float64)  # hidden patches, then the figures
+
+    @reinit__is_reduced
+    def update(self, output: tuple[Tensor, dict[str, Tensor]]) -> None:
+        """Add one batch: the target patches and the network's output."""
+        target, prediction = output
+        figures = (self.loss(prediction, target), *self.loss.last_components.values())
+        hidden = prediction["mae_mask_1d"].sum().item()
+        self._sums += hidden * torch.tensor([1.0, *(figure.item() for figure in figures)], dtype=torch.float64)
+
+    @sync_all_reduce("_sums")
+    def compute(self) -> dict[str, float]:
+        """Return the figures by name."""
+        return dict(zip(self.names, (self._sums[1:] / self._sums[0].clamp(min=1)).tolist(), strict=True))
+
+
+def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "component") -> SumOfLosses:
+    """Pick a loss by its name, or add several up.
+
+    Args:
+        chosen: a name, or several with ``+`` between them.
+        losses: what there is to choose from.
+        tasks: see ``per`` of :class:`SumOfLosses`.
+
+    Raises:
+        ValueError: for a name that is not there, with the nearest one that is.
+    """
+    names = [name.strip() for name in str(chosen).split("+")]
+    for name in names:
+        if name not in losses:
+            near = difflib.get_close_matches(name, losses, n=1, cutoff=0)
+            raise ValueError(
+                f"loss {name!r} must be one of {list(losses)}, or several such as {'+'.join(list(losses)[:2])}: did "
+                f"you mean {near[0]}?"
+            )
+    return SumOfLosses({name: losses[name] for name in names}, tasks)
+
+
 def _mean_over(per_patch: Tensor, chosen: Tensor) -> Tensor:
     """Average over the patches where ``chosen`` is 1; 0 where there are none."""
     return (per_patch * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def _dilate(mask: Tensor, radius: int) -> Tensor:
+    """Let a mask ``(B, C, D, H, W)`` of ones grow by a cube of ``radius`` voxels each way, an axis at a time."""
+    for axis in range(3):
+        kernel, padding = [1, 1, 1], [0, 0, 0]
+        kernel[axis], padding[axis] = 2 * radius + 1, radius
+        mask = F.max_pool3d(mask, kernel, stride=1, padding=padding)
+    return mask

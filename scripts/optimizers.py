@@ -82,7 +82,8 @@ class GradientConductor(torch.optim.Optimizer):
         self.norm_averages: dict[str, float] = {}
         self.previous: dict[str, Tensor] = {}
         self.recent_winners: deque[str] = deque(maxlen=max(1, dominance_window))
-        #: Of the last merge: norms of the tasks, the pairs that were resolved with their cosines, and who won.
+        #: Of the last merge: `norms` of the tasks, `cosines` of all pairs before it, and of the conflicts resolved the
+        #: `conflicts` (pair and cosine) and the `winners`.
         self.statistics: dict[str, Any] = {}
 
     @torch.no_grad()
@@ -112,7 +113,8 @@ class GradientConductor(torch.optim.Optimizer):
             self.norm_averages[name] = (
                 self.norm_decay * self.norm_averages.get(name, 1.0) + (1 - self.norm_decay) * norm
             )
-        self.statistics = {"norms": norms, "cosines": [], "winners": []}
+        cosines = {(a, b): _cosine(tasks[a], tasks[b]) for a, b in itertools.combinations(tasks, 2)}
+        self.statistics = {"norms": norms, "cosines": cosines, "conflicts": [], "winners": []}
         for _ in range(self.max_iterations):
             if not self._resolve_worst(tasks):
                 break
@@ -196,7 +198,7 @@ class GradientConductor(torch.optim.Optimizer):
         if cosine >= self.weak:
             return False
         winner, loser = self._arbitrate(tasks, first, second)
-        self.statistics["cosines"].append((first, second, cosine))
+        self.statistics["conflicts"].append((first, second, cosine))
         self.statistics["winners"].append(winner)
         give_winner, give_loser = self._concessions(cosine)
         won, lost = tasks[winner], tasks[loser]

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from . import checkpoints
 from .bertswin_mae import BertsWinMAE
+from .losses import MaskedL2Loss, MaskedLoss, SumOfLosses
 from .masking import patchify
 
 __all__ = ["StemTuning", "StemTuningLoss", "StemTuningMetrics", "StemTuningReport", "load_original"]
@@ -133,17 +134,18 @@ class StemTuning(nn.Module):
 class StemTuningLoss(nn.Module):
     """What the stem is tuned to.
 
-    ``reconstruction`` (the paper): the mean squared error of the whole volume, rebuilt by the frozen decoder.
+    ``reconstruction`` (the paper): the error of the whole volume, rebuilt by the frozen decoder.
     ``distillation``: the squared distance of the whole volume's features from the original's patch-mode features,
     over the variance of the latter, so that 1 is a constant guess. ``both``: the sum.
 
     Args:
         objective: one of these names.
+        reconstruction: the error of a reconstruction; default: the mean squared one.
     """
 
-    def __init__(self, objective: str) -> None:
+    def __init__(self, objective: str, reconstruction: MaskedLoss | SumOfLosses | None = None) -> None:
         super().__init__()
-        self.objective = _checked_objective(objective)
+        self.objective, self.reconstruction = _checked_objective(objective), reconstruction or MaskedL2Loss()
 
     def forward(self, prediction: dict[str, Tensor], target: Tensor) -> Tensor:
         """Score the output of :class:`StemTuning`.
@@ -157,7 +159,7 @@ class StemTuningLoss(nn.Module):
         """
         loss = target.new_zeros(())
         if self.objective != "distillation":
-            loss = loss + F.mse_loss(prediction["reconstructed_patches"].float(), target)
+            loss = loss + self.reconstruction(prediction, target)
         if self.objective != "reconstruction":
             features, goal = prediction["features"].float(), prediction["patch_features"].float()
             variance = goal.var(dim=(0, 2, 3, 4), correction=0).mean()

@@ -72,21 +72,21 @@ class Volumes(torch.utils.data.Dataset):
         return {"image": noise(1, 32, 32, 32, seed=index), "case": f"case_{index}", "seed": index}
 
 
-def trainer(network, batch_size=2, length=4, epochs=1, precision="fp32", optimizer_factory=None, **settings):
+def trainer(
+    network, batch_size=2, length=4, epochs=1, precision="fp32", optimizer_factory=None, kind=MAETrainer, **settings
+):
     """Build an MAETrainer on noise; the factory makes an optimiser, or that and a scheduler, for the network."""
     made = optimizer_factory(network) if optimizer_factory else torch.optim.SGD(network.parameters(), 0.01)
     optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
-    return MAETrainer(
+    return kind(
         device=torch.device("cpu"),
         max_epochs=epochs,
         train_data_loader=torch.utils.data.DataLoader(Volumes(length), batch_size=batch_size),
         network=network,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        loss_function=MaskedL2Loss(),
         inferer=AutocastInferer(precision, "cpu"),
-        prepare_batch=PrepareMaskedBatch(8, 0.75),
-        **settings,
+        **{"loss_function": MaskedL2Loss(), "prepare_batch": PrepareMaskedBatch(8, 0.75)} | settings,
     )
 
 

@@ -262,6 +262,6 @@ def test_the_trainer_is_built_with_the_knobs(cohort, tmp_path):
 
 def test_the_smallest_error_is_the_best(cohort, tmp_path):
     evaluator = built(dataset_dir=str(cohort), output_dir=str(tmp_path), **TINY_KNOBS)("validate::evaluator")
-    assert evaluator.state.key_metric_name == "val_mse"
+    assert evaluator.state.key_metric_name == "val_loss"
     assert evaluator.metric_cmp_fn(0.1, 0.2)
     assert not evaluator.metric_cmp_fn(0.2, 0.1)

@@ -5,8 +5,10 @@ import torch
 from conftest import noise, tiny, trainer
 from ignite.engine import Events
 
-from scripts.engine import NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
+from scripts.engine import ConductorTrainer, NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
+from scripts.losses import MaskedL2Loss, StructuralLoss, choose_loss
 from scripts.masking import patchify, random_masking
+from scripts.optimizers import GradientConductor
 
 
 def weights_after(**settings):
@@ -116,3 +118,87 @@ def test_the_network_trains_in_training_mode():
 def test_a_mask_ratio_that_hides_nothing_is_refused():
     with pytest.raises(ValueError, match=r"mask_ratio 0 must lie in \(0, 1\) to train on"):
         PrepareMaskedBatch(8, 0)
+
+
+def conducted(network, loss="structural", tasks="component", **settings):
+    losses = {"l2": MaskedL2Loss(), "structural": StructuralLoss(8)}
+    conductor = GradientConductor(network.parameters(), lr=1e-2, sign=False, weight_decay=settings.pop("decay", 0.0))
+    engine = trainer(
+        network,
+        kind=ConductorTrainer,
+        optimizer_factory=lambda _: conductor,
+        loss_function=choose_loss(loss, losses, tasks),
+        **settings,
+    )
+    engine.run()
+    return engine
+
+
+def test_the_conductor_gets_a_gradient_of_each_component_and_steps_along_the_merged_one():
+    network = tiny()
+    merged = []
+    conductor_merge = GradientConductor.merge
+
+    class Listening(GradientConductor):
+        def merge(self, gradients):
+            merged.append({task: torch.cat([g.flatten() for g in parts]) for task, parts in gradients.items()})
+            return conductor_merge(self, gradients)
+
+    losses = {"structural": StructuralLoss(8)}
+    engine = trainer(network, length=2, kind=ConductorTrainer, loss_function=choose_loss("structural", losses),
+                     optimizer_factory=lambda net: Listening(net.parameters()))  # fmt: skip
+    engine.run()
+    fresh = tiny().train()
+    batch = engine.state.batch
+    volume, target, _, masks = PrepareMaskedBatch(8, 0.75)(batch, "cpu")
+    whole = choose_loss("structural", losses)(fresh(volume, **masks), target)
+    expected = torch.autograd.grad(whole, list(fresh.parameters()))
+    assert list(merged[0]) == ["brightness", "contrast", "structure"]
+    torch.testing.assert_close(sum(merged[0].values()), torch.cat([g.flatten() for g in expected]))
+    assert engine.optimizer.steps == 1
+
+
+def test_a_conducted_loss_without_conflict_trains_like_any_other():
+    plain, single = tiny(), tiny()
+    trainer(plain, optimizer_factory=lambda net: GradientConductor(net.parameters(), lr=1e-2, sign=False)).run()
+    conducted(single, loss="l2")
+    for ours, theirs in zip(single.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("tasks", ["component", "loss"])
+def test_accumulated_small_batches_conduct_like_one_large_batch(tasks):
+    def weights(**settings):
+        network = tiny()
+        conducted(network, "l2+structural", tasks, **settings)
+        return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+    large, small = weights(batch_size=4), weights(batch_size=2, accumulation_steps=2)
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(large, weights(batch_size=2), rtol=1e-4, atol=1e-6)
+
+
+def test_the_merged_gradient_is_clipped_and_kept_in_float32_under_autocast():
+    network, norms = tiny(), []
+    conductor = GradientConductor(network.parameters(), lr=1e-3)
+    step = conductor.step
+    conductor.step = lambda *args: norms.append(norm(network)) or step(*args)
+    losses = {"structural": StructuralLoss(8)}
+    engine = trainer(network, kind=ConductorTrainer, optimizer_factory=lambda _: conductor, precision="bf16",
+                     loss_function=choose_loss("structural", losses), clip_norm=0.01)  # fmt: skip
+    engine.run()
+    assert norms == [pytest.approx(0.01, rel=1e-3)] * 2
+    assert all(gradient.dtype == torch.float32 for parts in engine.task_gradients.values() for gradient in parts)
+
+
+def test_the_conductor_refuses_scaled_gradients():
+    with pytest.raises(ValueError, match="choose --precision bf16 or fp32"):
+        trainer(tiny(), kind=ConductorTrainer, precision="fp16",
+                optimizer_factory=lambda net: GradientConductor(net.parameters()))  # fmt: skip
+
+
+def test_the_trainer_reports_what_the_loss_is_made_of():
+    engine = conducted(tiny(), "l2+structural")
+    parts = engine.state.output["components"]
+    assert list(parts) == ["l2", "structural_brightness", "structural_contrast", "structural_structure"]
+    assert not any(part.requires_grad for part in parts.values())

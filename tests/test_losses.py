@@ -3,8 +3,17 @@
 import pytest
 import torch
 from conftest import noise
+from ignite.engine import Engine
 
-from scripts.losses import MaskedL2Loss, StructuralLoss
+from scripts.losses import (
+    MaskedL2Loss,
+    MaskedLossMetrics,
+    StructuralLoss,
+    SumOfLosses,
+    TissueWeightedLoss,
+    choose_loss,
+)
+from scripts.masking import patchify
 
 
 def output(patches, hidden):
@@ -106,3 +115,107 @@ def test_structural_statistics_are_float32_under_autocast():
 def test_sub_patches_must_fill_a_patch():
     with pytest.raises(ValueError, match="sub_patch_size 8 must divide patch_size 4, for example 4"):
         StructuralLoss(patch_size=4)
+
+
+def tissue(**settings):
+    return TissueWeightedLoss(structural(), (32, 32, 32), hu_scale=500.0, hu_offset=-20.0, **settings)
+
+
+def body():
+    """Air (-1000 HU), in it a body of soft tissue (40 HU) that fills 24 x 32 x 32, in that a bone of 16³ (900 HU)."""
+    hounsfield = torch.full((1, 1, 32, 32, 32), -1000.0)
+    hounsfield[:, :, 8:] = 40
+    hounsfield[:, :, 16:, 16:, 16:] = 900
+    return (hounsfield + 20) / 500
+
+
+def test_patches_are_told_apart_by_hounsfield_units_and_the_surface_of_bone_is_a_shell():
+    target = patchify(body(), 8)
+    groups = {name: group.reshape(4, 4, 4) for name, group in tissue(dilation=4, erosion=2).groups(target).items()}
+    soft = torch.zeros(4, 4, 4)
+    soft[1:], soft[2:, 2:, 2:] = 1, 0
+    assert torch.equal(groups["soft_tissue"], soft)
+    # Inside the bone the shell is 2 of 8 voxels deep: more than half of a corner's patch (1 - 6³/8³), but a little
+    # less on an edge (1 - 6²/8²); outside, 4 of 8 voxels are no more than half.
+    shell = torch.zeros(4, 4, 4)
+    shell[2, 2, 2] = 1
+    assert torch.equal(groups["bone_surface"], shell)
+    deeper = tissue(dilation=6, erosion=2).groups(target)["bone_surface"].reshape(4, 4, 4)
+    assert deeper[1, 3, 3] == deeper[3, 1, 3] == deeper[3, 3, 1] == 1
+    assert deeper[0].sum() == deeper[1, 0].sum() == 0
+
+
+def test_each_tissue_weighs_by_its_own_patches_and_an_empty_group_adds_nothing():
+    target = patchify(body(), 8)
+    prediction = target + noise(*target.shape, seed=1)
+    loss = tissue()
+    errors = structural().patch_errors(prediction, target)
+    error = 0.3 * errors["brightness"] + 0.2 * errors["contrast"] + 0.5 * errors["structure"]
+    groups = loss.groups(target)
+    hidden = (noise(1, 64, seed=2) > 0).float()
+    hidden[groups["bone_surface"].bool()] = 1
+
+    def mean(chosen):
+        return error[(hidden * chosen).bool()].mean()
+
+    total = loss(output(prediction, hidden), target)
+    expected = 0.3 * mean(1) + 0.5 * mean(groups["soft_tissue"]) + 0.2 * mean(groups["bone_surface"])
+    torch.testing.assert_close(total, expected)
+    without_bone = loss(output(prediction, hidden * (1 - groups["bone_surface"])), target)
+    assert loss.last_components["bone_surface"] == 0
+    assert torch.isfinite(without_bone)
+
+
+def test_tissues_need_hounsfield_units():
+    with pytest.raises(ValueError, match="needs --modality ct"):
+        TissueWeightedLoss(structural(), (32, 32, 32), None, None)
+
+
+def choice():
+    return {"l2": MaskedL2Loss(), "structural": structural()}
+
+
+def test_losses_are_chosen_by_name_and_added_up():
+    prediction, target = noise(2, 6, 512), noise(2, 6, 512, seed=1)
+    scored = output(prediction, torch.ones(2, 6))
+    l2, lcs = (choose_loss(name, choice())(scored, target) for name in ("l2", "structural"))
+    both = choose_loss("l2+structural", choice())
+    torch.testing.assert_close(both(scored, target), l2 + lcs)
+    assert list(both.last_components) == ["l2", "structural_brightness", "structural_contrast", "structural_structure"]
+    assert both.component_names == tuple(both.last_components)
+    assert choose_loss("structural", choice()).component_names == ("brightness", "contrast", "structure")
+    with pytest.raises(ValueError, match=r"loss 'l3' must be one of \['l2', 'structural'\].*did you mean l2"):
+        choose_loss("structural+l3", choice())
+
+
+@pytest.mark.parametrize(
+    ("per", "names"),
+    [
+        ("component", ["l2", "structural_brightness", "structural_contrast", "structural_structure"]),
+        ("loss", ["l2", "structural"]),
+    ],
+)
+def test_tasks_are_components_or_losses_and_add_up_to_the_loss(per, names):
+    scored, target = output(noise(2, 6, 512), torch.ones(2, 6)), noise(2, 6, 512, seed=1)
+    loss = choose_loss("l2+structural", choice(), per)
+    tasks = loss.tasks(scored, target)
+    assert list(tasks) == names
+    torch.testing.assert_close(sum(tasks.values()), loss(scored, target))
+    with pytest.raises(ValueError, match="per 'patch' must be 'component' or 'loss'"):
+        SumOfLosses(choice(), "patch")
+
+
+def test_validation_losses_are_those_of_all_hidden_patches_together():
+    prediction, target = noise(4, 6, 512), noise(4, 6, 512, seed=1)
+    hidden = (noise(4, 6, seed=2) > 0).float()
+    assert hidden[:2].sum() != hidden[2:].sum()
+    loss = choose_loss("structural", choice())
+    metrics = MaskedLossMetrics(loss).by_name("loss")
+    assert list(metrics) == ["val_loss", "val_brightness", "val_contrast", "val_structure"]
+    assert list(MaskedLossMetrics(choose_loss("l2", choice())).by_name("loss")) == ["val_loss"]
+    engine = Engine(lambda _, part: {"label": target[part], "pred": output(prediction[part], hidden[part])})
+    for name, metric in metrics.items():
+        metric.attach(engine, name)
+    measured = engine.run([slice(0, 2), slice(2, 4)]).metrics
+    assert measured["val_loss"] == pytest.approx(loss(output(prediction, hidden), target).item())
+    assert measured["val_contrast"] == pytest.approx(loss.last_components["contrast"].item())

@@ -34,7 +34,7 @@ def test_merged_gradients_and_updates_match_the_reference(name):
         merged = conductor.merge(step["task_gradients"])
         for ours, theirs in zip(merged, step["merged_gradient"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        assert min(cosine for _, _, cosine in conductor.statistics["cosines"]) == pytest.approx(
+        assert min(cosine for _, _, cosine in conductor.statistics["conflicts"]) == pytest.approx(
             step["min_cosine"], abs=1e-5
         )
         conductor.step()

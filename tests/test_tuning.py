@@ -104,7 +104,9 @@ def test_unknown_choices_are_refused():
 def test_the_configs_agree_on_what_they_share():
     train, tune = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("train.yaml", "tune_stem.yaml"))
     inference = json.loads((CONFIGS / "inference.json").read_text())
-    for name in ("imports", "bundle_root", "sample", "cases", "intensities", "geometry", "cropping", "preparation"):
+    shared = ("imports", "bundle_root", "sample", "cases", "intensities", "hounsfield", "geometry", "cropping",
+              "preparation", "losses")  # fmt: skip
+    for name in shared:
         assert train[name] == tune[name], name
     for part in ("random_transforms", "preprocessing", "dataset", "sampler", "dataloader", "inferer"):
         assert train["train"][part] == tune["train"][part], part
