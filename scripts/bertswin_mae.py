@@ -124,8 +124,9 @@ class BertsWinMAE(nn.Module):
                 valid patches.
 
         Returns:
-            ``reconstructed_cube`` ``(B, C, D, H, W)``, ``reconstructed_patches`` ``(B, N, P³·C)`` and
-            ``mae_mask_1d`` ``(B, N)`` float, 1 = a valid patch that was hidden: the ones the loss looks at.
+            ``reconstructed_cube`` ``(B, C, D, H, W)``, ``reconstructed_patches`` ``(B, N, P³·C)``,
+            ``mae_mask_1d`` ``(B, N)`` float, 1 = a valid patch that was hidden: the ones the loss looks at; and
+            ``valid_for_masking_mask`` ``(B, N)`` bool as it was given.
 
         Raises:
             ValueError: when an argument has another shape or type.
@@ -142,6 +143,7 @@ class BertsWinMAE(nn.Module):
             "reconstructed_cube": reconstruction,
             "reconstructed_patches": patchify(reconstruction, self.encoder.patch_size),
             "mae_mask_1d": (valid & masked).float(),
+            "valid_for_masking_mask": valid,
         }
 
     def embed_visible(self, volume: Tensor, visible: Tensor) -> Tensor:

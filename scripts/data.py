@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -101,7 +102,8 @@ def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> d
     Returns:
         ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
         is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix (so that the split by
-        name is the same wherever the dataset lies); and ``label`` (path) where a datalist names one.
+        name is the same wherever the dataset lies); and where a datalist names them ``label`` (path) and
+        ``field_of_view``, the arguments of :func:`bertswin_mae.transforms.cylinder`.
 
     Raises:
         ValueError: when nothing is there, a listed file is missing, or two files share one case name.
@@ -295,6 +297,11 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
         if content.get(fold):
             if wrong := [item for item in content[fold] if not _has_image(item)]:
                 raise ValueError(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
+            if odd := [item for item in content[fold] if not _is_cylinder(item.get("field_of_view", {"radius": 1}))]:
+                raise ValueError(
+                    f"{datalist}: a field_of_view must be like {{'radius': 99, 'centre_offset': [0, 0], 'axis': 2}} in "
+                    f"voxels, but one is {odd[0]['field_of_view']}"
+                )
             # As a segmentation's, so that MONAI completes the paths of labels too.
             folds[fold] = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
     if others := [name for name in ("test", "testing") if content.get(name)]:
@@ -312,7 +319,18 @@ def _has_image(item: Any) -> bool:
 
 def _listed_case(item: dict[str, Any], root: Path) -> Case:
     label = {"label": str(item["label"])} if Path(str(item.get("label", ""))).is_file() else {}
-    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label}
+    fov = {"field_of_view": item["field_of_view"]} if "field_of_view" in item else {}
+    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label, **fov}
+
+
+def _is_cylinder(fov: Any) -> bool:
+    """Tell whether a case's field of view is what :func:`bertswin_mae.transforms.cylinder` takes."""
+    if not isinstance(fov, dict) or not {"radius"} <= fov.keys() <= {"radius", "centre_offset", "axis"}:
+        return False
+    offset = fov.get("centre_offset", [0, 0])
+    if not isinstance(offset, list) or len(offset) != 2 or fov.get("axis", 2) not in (0, 1, 2):
+        return False
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in (fov["radius"], *offset))
 
 
 def _volumes_below(root: Path) -> list[Path]:

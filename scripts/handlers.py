@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events, State
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.utils import CommonKeys as Keys
@@ -45,6 +46,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TRAINING_STATE = "training_state.pt"
+# What stands in the figures for voxels that the network did not see: a hidden patch, and one outside the field of view.
+HIDDEN, OUTSIDE = math.inf, -math.inf
 SSIM_WINDOW = 7  # voxels
 SSIM_SIGMA = 1.5  # voxels, the value of Wang et al. 2004
 
@@ -264,7 +267,9 @@ class ReconstructionFigures:
             return
         volume, prediction = engine.state.output[Keys.IMAGE], engine.state.output[Keys.PRED]
         hidden = _voxel_mask(volume, prediction["mae_mask_1d"])
-        panels = (volume, volume.masked_fill(hidden, torch.nan), composite(volume, prediction))
+        outside = ~_voxel_mask(volume, prediction["valid_for_masking_mask"])
+        seen = volume.masked_fill(hidden, HIDDEN).masked_fill(outside, OUTSIDE)
+        panels = (volume, seen, composite(volume, prediction))
         for place, case in enumerate(engine.state.batch["case"]):
             if len(self.rows) < self.num_volumes:
                 self.rows.append((case, [panel[place, 0].float().cpu().numpy() for panel in panels]))
@@ -274,7 +279,11 @@ class ReconstructionFigures:
         epoch = engine.state.epoch
         if self.rows:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _draw_panels(self.rows, self.folder / f"epoch_{epoch:04d}.png", title=f"epoch {epoch}")
+            _draw_panels(
+                self.rows,
+                self.folder / f"epoch_{epoch:04d}.png",
+                title=f"epoch {epoch}   (blue: hidden, olive: outside the field of view)",
+            )
 
 
 class CheckpointHandler:
@@ -483,6 +492,7 @@ def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: st
     figure = Figure(figsize=(16, 0.8 + len(rows) * (0.1 + 15 * height / sum(widths))), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the user's backend
     grid = figure.subplots(len(rows), len(columns), squeeze=False, width_ratios=widths)
+    outside = ListedColormap(["tab:olive"])
     for row, (case, panels) in enumerate(rows):
         low, high = panels[0].min(), panels[0].max()
         for column, (name, (along, _, _), panel) in enumerate(columns):
@@ -490,6 +500,7 @@ def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: st
             ax = grid[row, column]
             ax.set_facecolor("tab:blue")  # hidden
             ax.imshow(view, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="nearest")
+            ax.imshow(np.where(view == OUTSIDE, 1.0, np.nan), cmap=outside, origin="lower", interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(f"{name}\n{('original', 'visible', 'rebuilt')[panel]}")

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["patchify", "random_masking", "unpatchify"]
+__all__ = ["patchify", "random_masking", "unpatchify", "valid_patches"]
 
 
 def patchify(volume: Tensor, patch_size: int) -> Tensor:
@@ -75,3 +75,20 @@ def random_masking(valid: Tensor, mask_ratio: float, seeds: Sequence[int] | None
     num_visible = max(1, round((1 - mask_ratio) * fewest))
     visible = noise.masked_fill(~valid, torch.inf).argsort(dim=1)[:, :num_visible]
     return torch.ones_like(valid).scatter(1, visible, False)
+
+
+def valid_patches(fov: Tensor, patch_size: int, min_share: float = 0.95) -> Tensor:
+    """Tell which patches lie in the field of view (paper, field of view).
+
+    Args:
+        fov: ``(B, 1, D, H, W)``, 1 inside.
+        patch_size: P, in voxels.
+        min_share: a patch is valid when more of its voxels lie inside.
+
+    Returns:
+        ``(B, N)`` bool. Where no patch of a volume passes, those that lie inside most do: a volume thinner than a
+        patch still has something to look at.
+    """
+    share = patchify(fov.float(), patch_size).mean(dim=-1)
+    valid = share > min_share
+    return valid | (~valid.any(dim=1, keepdim=True) & (share == share.amax(dim=1, keepdim=True)))

@@ -265,3 +265,63 @@ def test_the_smallest_error_is_the_best(cohort, tmp_path):
     assert evaluator.state.key_metric_name == "val_loss"
     assert evaluator.metric_cmp_fn(0.1, 0.2)
     assert not evaluator.metric_cmp_fn(0.2, 0.1)
+
+
+def padded_cts(folder):
+    """Write two CTs, tilted off RAS, of a ball of soft tissue in noisy air, within constant padding; as a datalist."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*3 * [np.arange(40) - 19.5], indexing="ij"))
+    voxels = np.where((grid**2).sum(axis=0) < 100, 40.0, -1000.0) + rng.normal(0, 10, (40, 40, 40))
+    voxels[np.abs(grid[0]) > 15] = -2048
+    for number in range(2):
+        nib.save(
+            nib.Nifti1Image(voxels.astype(np.float32), np.diag([-1.0, -1.0, 1.0, 1.0])), folder / f"{number}.nii.gz"
+        )
+    return {"dataset_dir": str(folder), "output_dir": str(folder / "out"), "modality": "ct"} | TINY_KNOBS
+
+
+@pytest.mark.parametrize(("field_of_view", "spacing"), [("scanner", None), ("scanner", [1.5, 1.5, 1.5]),
+                                                        ("foreground", None)])  # fmt: skip
+def test_the_field_of_view_follows_the_volume_through_every_transform(tmp_path, field_of_view, spacing):
+    settings = padded_cts(tmp_path) | {"field_of_view": field_of_view, "spacing": spacing, "img_size": [48, 48, 48]}
+    resolve = built(**settings, affine_prob=1.0, ct_noise_prob=0.0, hu_warp_prob=0.0)
+    for item in (resolve("validate::dataset")[0], resolve("train::dataset")[0], resolve("train::dataset")[0]):
+        image, fov = item["image"][0], item["fov"][0].bool()
+        truth = image > (-1.7124 if field_of_view == "scanner" else -0.5)  # padding is at the window's lower end
+        assert 0.01 < fov.float().mean() < 0.9
+        # The volume is resampled smoothly and the mask is not: their borders may differ by a voxel.
+        assert (fov != truth).float().mean() < 0.12
+        assert (fov & truth).sum() / (fov | truth).sum() > 0.75
+
+
+def test_only_the_input_is_augmented(tmp_path):
+    settings = padded_cts(tmp_path)
+
+    def draw(**knobs):
+        dataset = built(**(settings | knobs))("train::dataset")
+        dataset.transform.set_random_state(seed=5)
+        return dataset[0]
+
+    clean = draw(hu_warp_prob=0.0, ct_noise_prob=0.0)
+    assert torch.equal(clean["image"], clean["target"])
+    noisy = draw(hu_warp_prob=1.0, ct_noise_prob=1.0)
+    assert torch.equal(noisy["target"], clean["target"])
+    assert (noisy["image"] - noisy["target"]).abs().max() > 0.01
+    assert noisy["image"].min() >= -1.7126
+    assert "target" not in draw(augment_on_device=True)
+
+
+def test_augmentation_on_the_device_follows_from_the_draws_seed(tmp_path):
+    resolve = built(**padded_cts(tmp_path), augment_on_device=True, hu_warp_prob=1.0, ct_noise_prob=1.0)
+    prepare = resolve("train::prepare_batch")
+    image = resolve("train::dataset")[0]["image"][None]
+    first, again, other = (prepare({"image": image, "seed": torch.tensor([seed])}, "cpu") for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(first[1], other[1])  # the target is clean
+    assert resolve("validate::prepare_batch").augmentation is None
+
+
+def test_mr_is_not_augmented_in_hounsfield_units(cohort, tmp_path):
+    resolve = built(dataset_dir=str(cohort), output_dir=str(tmp_path), **TINY_KNOBS)
+    assert "target" not in resolve("train::dataset")[0]

@@ -246,3 +246,18 @@ def test_labels_are_remembered_where_a_datalist_names_them(tmp_path):
     first, second = find_cases(tmp_path)["training"]
     assert first["label"] == str(tmp_path / "b.nii.gz")
     assert "label" not in second
+
+
+def test_a_datalist_may_give_each_case_its_field_of_view(tmp_path):
+    write_volume(tmp_path / "a.nii.gz")
+    fov = {"radius": 12, "centre_offset": [1, -2]}
+
+    def listed(field_of_view):
+        items = [{"image": "a.nii.gz", "field_of_view": field_of_view}]
+        (tmp_path / "dataset.json").write_text(json.dumps({"training": items}))
+        return find_cases(tmp_path)["training"][0]
+
+    assert listed(fov)["field_of_view"] == fov
+    for wrong in ({"radius": "large"}, {"radius": 3, "centre": [0, 0]}, {"radius": 3, "centre_offset": [1]}, [3]):
+        with pytest.raises(ValueError, match=r"a field_of_view must be like .* in voxels, but one is"):
+            listed(wrong)

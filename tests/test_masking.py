@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import noise
 
-from scripts.masking import patchify, random_masking, unpatchify
+from scripts.masking import patchify, random_masking, unpatchify, valid_patches
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -61,3 +61,19 @@ def test_a_volume_without_a_valid_patch_is_refused_by_its_place():
 def test_a_wrong_number_of_seeds_is_refused():
     with pytest.raises(ValueError, match="seeds has 1 entries for a batch of 2"):
         random_masking(torch.ones(2, 8, dtype=torch.bool), 0.5, seeds=[1])
+
+
+def test_patches_are_valid_when_nearly_all_of_their_voxels_are_in_view():
+    fov = torch.ones(2, 1, 8, 8, 8)
+    fov[0, :, :, :, 4:] = 0
+    fov[1, 0, 0, :1, :3] = 0  # 3 of 64 voxels
+    assert valid_patches(fov, 4).tolist() == [[True, False] * 4, [True] * 8]
+    fov[1, 0, 0, 1, 3] = 0  # 4 of 64: still more than 93 %, but not 95 %
+    assert valid_patches(fov, 4)[1].tolist() == [False] + [True] * 7
+    assert valid_patches(fov, 4, min_share=0.9)[1].all()
+
+
+def test_a_volume_thinner_than_a_patch_keeps_the_patches_it_fills_most():
+    fov = torch.zeros(1, 1, 8, 8, 8)
+    fov[..., :3] = 1
+    assert valid_patches(fov, 4).tolist() == [[True, False] * 4]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, start_training, train, write_volume
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import BertsWinMAE
 
@@ -129,3 +130,29 @@ def test_the_sample_is_simulated_once_and_trains(tmp_path):
 
     result = train(dataset_dir=folder, output_dir=tmp_path / "out", max_epochs=1)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("device_augments", ["true", "false"])
+def test_the_papers_whole_recipe_trains_and_resumes(tmp_path, device_augments):
+    for number in range(3):
+        write_volume(tmp_path / "data" / f"ct_{number}.nii.gz", seed=number, low=-1000)
+    settings = {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out", "modality": "ct", "loss": "tissue+l2",
+                "field_of_view": "scanner", "augment_on_device": device_augments, "accumulation_steps": 2,
+                "learning_rate": 1e-3}  # fmt: skip
+    configs = ("train.yaml", "train_conductor.yaml", "small.yaml")
+    first = train(*configs, **settings, max_epochs=1)
+    assert first.returncode == 0, first.stderr
+    second = train(*configs, **settings, resume="true")
+    assert second.returncode == 0, second.stderr
+    first, last = records(tmp_path / "out")
+    assert (first["epoch"], last["epoch"]) == (1, 2)
+    assert {"train_l2", "val_tissue_bone_surface", "val_structural", "val_loss"} <= first.keys()
+    state = torch.load(tmp_path / "out" / "checkpoints" / "training_state.pt", weights_only=True)
+    assert state["optimizer"]["conductor"]["steps"] == 2
+    assert set(state["optimizer"]["conductor"]["previous"]) == {f"tissue_{group}" for group in
+        ("all_tissue", "soft_tissue", "bone_surface")} | {"l2"}  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert {"conductor/norm_l2", "conductor/wins_l2"} <= set(events.Tags()["scalars"])
+    other = train(*configs, **(settings | {"loss": "structural"}), resume="true")
+    assert other.returncode == 1
+    assert "is of a run with loss 'tissue+l2', not 'structural'" in other.stderr
