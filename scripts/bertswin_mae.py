@@ -69,6 +69,8 @@ class BertsWinMAE(nn.Module):
         strict_stem: non-overlapping stem kernels.
         blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes, so that patch mode
             and volumetric mode are one function.
+        activation_checkpointing: in training, compute the blocks' activations again on the way back instead of
+            keeping them: less memory for more time.
 
     Raises:
         ValueError: for settings that cannot be built; the message names the value and one that would do.
@@ -88,6 +90,7 @@ class BertsWinMAE(nn.Module):
         mask_ratio: float = 0.75,
         strict_stem: bool = False,
         blockwise_norm: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= mask_ratio < 1:
@@ -106,6 +109,7 @@ class BertsWinMAE(nn.Module):
             stem_base_dim,
             strict_stem,
             blockwise_norm,
+            activation_checkpointing,
         )
         self.decoder = ConvDecoder(encoder_embed_dim, decoder_embed_dim, patch_size, in_chans)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder_embed_dim))

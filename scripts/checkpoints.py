@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import parallel
+
 __all__ = [
     "Comparison",
     "compare",
@@ -172,7 +174,7 @@ def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], source: s
     comparison = compare(ours, theirs)
     if not comparison.complete:
         raise ValueError(f"the weights in {source} do not fit this network of {len(ours)} tensors: {comparison}")
-    network.load_state_dict(theirs)
+    network.load_state_dict(parallel.placed_like(theirs, ours))
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import inspect
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
+from . import parallel
 from .data import reason
 from .engine import NonFiniteLossError
 from .handlers import TRAINING_STATE
@@ -29,6 +32,7 @@ TRACKING_KNOBS = {
 }
 # Lists of numbers that may have any length; all others have that of the config's own.
 FREE_LENGTH = {"flip_axes"}
+SECONDS_FOR_THE_FIRST_RANK = 10.0
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -40,7 +44,8 @@ def check_knobs(
 ) -> None:
     """Check the overrides of a run against the config they override; for the config's ``initialize``.
 
-    Booleans may be spelt as in YAML (the command line of MONAI hands ``true`` over as text).
+    Booleans may be spelt as in YAML (the command line of MONAI hands ``true`` over as text). The handlers that
+    ``--tracking`` adds are fitted to the trainer's output.
 
     Args:
         config_file: the bundle's own config of this workflow: its top-level names are the valid knobs, and the types
@@ -55,6 +60,7 @@ def check_knobs(
     """
     show_mistakes_kindly()
     parser = _calling_parser()
+    _fit_tracking(parser)
     defaults = ConfigParser.load_config_file(config_file)
     for name, value in list(parser.get().items()):
         if name == "_meta_" or name in TRACKING_KNOBS:
@@ -121,7 +127,13 @@ def show_mistakes_kindly() -> None:
         if link is None:
             sys.__excepthook__(kind, error, trace)
         else:
+            if parallel.rank() > 0:
+                # All ranks find a user's mistake: the first one says so, and its end is that of the others.
+                time.sleep(SECONDS_FOR_THE_FIRST_RANK)
             print(f"error: {link}", file=sys.stderr)
+        if parallel.world_size() > 1:
+            # At once, without waiting for ranks that may not answer any more: torchrun then ends the others.
+            atexit.register(os._exit, 1)
 
     sys.excepthook = hook
 
@@ -141,6 +153,17 @@ def _calling_parser() -> ConfigParser:
             return parser
         frame = frame.f_back
     raise RuntimeError("check_knobs works inside a MONAI bundle config only")
+
+
+def _fit_tracking(parser: ConfigParser) -> None:
+    """Mend what ``--tracking mlflow`` adds: MONAI's handler expects one output a volume, and a computed output_dir."""
+    saved = parser.get("save_execute_config")
+    if isinstance(saved, str) and not _is_expression(saved) and saved.endswith("'"):
+        folder, _, name = saved.rpartition(" + '/")  # MONAI appends an expression even to a plain path
+        parser["save_execute_config"] = f"{folder}/{name[:-1]}"
+    for place, handler in enumerate(parser.get("train", {}).get("handlers", [])):
+        if isinstance(handler, dict) and handler.get("_target_") == "MLFlowHandler":
+            parser[f"train::handlers::{place}::output_transform"] = "$lambda output: output['loss']"
 
 
 def _is_expression(value: Any) -> bool:

@@ -18,6 +18,8 @@ from monai.data import load_decathlon_datalist
 from monai.transforms import EnsureChannelFirst, LoadImage
 from tqdm import tqdm
 
+from . import parallel
+
 __all__ = [
     "case_seed",
     "check_cases",
@@ -154,11 +156,14 @@ def check_cases(
     Raises:
         ValueError: naming each volume that cannot be used, and why, unless ``skip_invalid``; or when none is left.
     """
+    mine = cases[parallel.rank() :: parallel.world_size()]  # several ranks share the work
     with ThreadPoolExecutor(max(1, num_threads)) as threads:
-        checks = threads.map(lambda case: volume_problem(case["image"], modality, in_chans), cases)
-        # disable=None: no bar where nobody watches (a log file).
-        bar = tqdm(checks, total=len(cases), desc="checking volumes", unit="volume", leave=False, disable=None)
-        problems = list(bar)
+        checks = threads.map(lambda case: volume_problem(case["image"], modality, in_chans), mine)
+        no_bar = not parallel.shows_progress()
+        bar = tqdm(checks, total=len(mine), desc="checking volumes", unit="volume", leave=False, disable=no_bar)
+        found = {case["case"]: problem for case, problem in zip(mine, bar, strict=True)}
+    found = {case: problem for part in parallel.gather(found) for case, problem in part.items()}
+    problems = [found[case["case"]] for case in cases]
     bad = [f"{case['image']}: {problem}" for case, problem in zip(cases, problems, strict=True) if problem]
     usable = [case for case, problem in zip(cases, problems, strict=True) if not problem]
     if bad and not skip_invalid:

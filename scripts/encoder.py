@@ -129,6 +129,8 @@ class BertsWinEncoder(nn.Module):
         stem_base_dim: width of the stem's first stage; a multiple of 4.
         strict_stem: non-overlapping stem kernels.
         blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes.
+        activation_checkpointing: in training, compute the blocks' activations again on the way back instead of
+            keeping them.
 
     Raises:
         ValueError: for settings that cannot be built; the message names the value and one that would do.
@@ -146,6 +148,7 @@ class BertsWinEncoder(nn.Module):
         stem_base_dim: int = 48,
         strict_stem: bool = False,
         blockwise_norm: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.img_size = _three("img_size", img_size)
@@ -159,7 +162,15 @@ class BertsWinEncoder(nn.Module):
         self.grid_size = tuple(side // patch_size for side in self.img_size)
         # Fixed by formula: a checkpoint holds learned parameters only, and so loads at another img_size too.
         self.register_buffer("positions", sincos_positions(self.grid_size, encoder_embed_dim), persistent=False)
-        self.swin = BasicLayer(encoder_embed_dim, depth, num_heads, window_size, drop_path=0.0, qkv_bias=True)
+        self.swin = BasicLayer(
+            encoder_embed_dim,
+            depth,
+            num_heads,
+            window_size,
+            drop_path=0.0,
+            qkv_bias=True,
+            use_checkpoint=activation_checkpointing,
+        )
         for block in self.swin.blocks:
             index = block.attn.relative_position_index
             block.attn.register_buffer("relative_position_index", index, persistent=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from monai.engines import PrepareBatch, SupervisedTrainer
@@ -16,6 +16,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from . import parallel
 from .data import case_seed
 from .masking import patchify, random_masking, valid_patches
 
@@ -207,8 +208,7 @@ class MAETrainer(SupervisedTrainer):
             engine.state.output[Keys.LOSS] = loss
             engine.state.output["components"] = getattr(engine.loss_function, "last_components", {})
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
-            if not torch.isfinite(loss):
-                engine._refuse(f"the loss is {loss.item()}")
+            engine._refuse_if_any(None if torch.isfinite(loss) else f"the loss is {loss.item()}")
             engine._backward(loss)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if is_last:
@@ -240,17 +240,21 @@ class MAETrainer(SupervisedTrainer):
 
     def _clip(self) -> None:
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         # With half precision an overflow is no mistake: the scaler skips the step and scales less.
         if not torch.isfinite(norm) and not self.grad_scaler.is_enabled():
-            self._refuse(f"the gradient's norm is {norm.item()}")
+            self._refuse_if_any(f"the gradient's norm is {norm.item()}")
 
-    def _refuse(self, what: str) -> NoReturn:
+    def _refuse_if_any(self, what: str | None) -> None:
+        """End the run in all ranks if anything is wrong in one of them."""
         state = self.state
-        raise NonFiniteLossError(
-            f"{what} in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: look at "
-            "these volumes, or lower learning_rate"
-        )
+        if what is not None:
+            what = (
+                f"{what} in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: "
+                "look at these volumes, or lower learning_rate"
+            )
+        if (problem := parallel.first_problem(what, state.device)) is not None:
+            raise NonFiniteLossError(problem)
 
 
 class ConductorTrainer(MAETrainer):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.tensorboard import SummaryWriter
 
-from . import checkpoints
+from . import checkpoints, parallel
 from .engine import NonFiniteLossError
 from .masking import unpatchify
 
@@ -164,7 +164,7 @@ class MetricsRecorder:
             **record,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        if validated and idist.get_rank() == 0:
+        if validated and parallel.rank() == 0:
             self._write(record)
         figures = "  ".join(
             f"{name.removeprefix('val_')} {value:.4g}"
@@ -252,7 +252,7 @@ class ReconstructionFigures:
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
-        if idist.get_rank() == 0:
+        if parallel.rank() == 0:
             engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self.rows.clear())
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
@@ -324,9 +324,11 @@ class CheckpointHandler:
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoints of this epoch."""
-        if idist.get_rank() != 0:
+        # What is divided among the ranks, all of them put together; one writes.
+        network = parallel.whole(checkpoints.strip_prefixes(self.network.state_dict()))
+        optimizer = parallel.whole(engine.optimizer.state_dict())
+        if parallel.rank() != 0:
             return
-        network = checkpoints.strip_prefixes(self.network.state_dict())
         best = self.validator.state
         if best.best_metric_epoch == engine.state.epoch:
             checkpoints.save(network, self.folder / "model.pt")
@@ -338,7 +340,7 @@ class CheckpointHandler:
             "best_metric": best.best_metric,
             "best_metric_epoch": best.best_metric_epoch,
             "network": network,
-            "optimizer": engine.optimizer.state_dict(),
+            "optimizer": optimizer,
             "grad_scaler": engine.grad_scaler.state_dict(),
         }
         checkpoints.save(state, self.folder / TRAINING_STATE)
@@ -435,7 +437,7 @@ class ValidateAtEnds:
 class EarlyStopping:
     """End training when the validation metric has not improved for a while.
 
-    All ranks see the same metric and so decide alike; nothing needs saving, since the best epoch is.
+    The first rank decides for all; nothing needs saving, since the best epoch is.
 
     Args:
         patience: epochs to wait for an improvement.
@@ -452,7 +454,7 @@ class EarlyStopping:
     def judge(self, engine: Engine) -> None:
         """Stop the trainer if the wait is over."""
         best = self.validator.state.best_metric_epoch
-        if best >= 0 and engine.state.epoch - best >= self.patience:
+        if idist.broadcast(float(best >= 0 and engine.state.epoch - best >= self.patience), src=0):
             logger.info("stopping early: no improvement since epoch %d", best)
             engine.terminate()
 
@@ -478,7 +480,12 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) 
         {**group, **{name: value for name, value in configured.items() if name != "params"}}
         for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    memory = {
+        place: parallel.placed_like(values, dict.fromkeys(values, parameters[place]))
+        for place, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": memory, "param_groups": groups})
 
 
 def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:

@@ -7,7 +7,6 @@ hidden follow from the run's seed and g alone: not from the number of workers, r
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
 from monai.transforms import Compose
 from torch.utils.data import DistributedSampler
 
+from . import parallel
 from .data import reason
 
 __all__ = ["Draw", "DrawSampler", "DrawnDataset", "ForgivingDataset", "build_dataset"]
@@ -39,10 +39,12 @@ class DrawSampler(DistributedSampler):
     global batch are dealt to the ranks in turn, so that any number of ranks trains on the same global batches.
 
     Args:
-        num_cases: length of the dataset.
+        num_cases: of the training set, all ranks together.
         batch_size: volumes a rank takes in one iteration.
         iterations: iterations an epoch; default: as many as one pass over the cases takes, rounded up.
         seed: of the run.
+        sharded: each rank has a dataset of its own, every ``num_replicas``-th case from ``rank`` on, and draws from
+            that; otherwise all have the same one.
         num_replicas: ranks; default: those of torch.distributed, or one.
         rank: this one.
     """
@@ -53,15 +55,15 @@ class DrawSampler(DistributedSampler):
         batch_size: int,
         iterations: int | None = None,
         seed: int = 0,
+        sharded: bool = False,
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
         if num_replicas is None:
-            initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
-            num_replicas = torch.distributed.get_world_size() if initialised else 1
-            rank = torch.distributed.get_rank() if initialised else 0
+            num_replicas, rank = parallel.world_size(), parallel.rank()
         super().__init__(range(num_cases), num_replicas=num_replicas, rank=rank, seed=seed)
         self.num_cases, self.batch_size = num_cases, batch_size
+        self.sharded = sharded and num_replicas > 1
         self.global_batch = batch_size * num_replicas
         self.iterations = iterations or -(-num_cases // self.global_batch)
         self.set_epoch(1)  # Ignite counts from one
@@ -70,18 +72,23 @@ class DrawSampler(DistributedSampler):
         return self.iterations * self.batch_size
 
     def __iter__(self) -> Iterator[Draw]:
-        first = (self.epoch - 1) * self.iterations * self.global_batch
-        for iteration in range(self.iterations):
+        for iteration in range((self.epoch - 1) * self.iterations, self.epoch * self.iterations):
             for place in range(self.batch_size):
-                yield self.draw(first + iteration * self.global_batch + self.rank * self.batch_size + place)
+                yield self.draw(iteration, place)
 
-    def draw(self, number: int) -> Draw:
-        """Return the draw of that number, counted from 0 over the whole run."""
-        pass_number, place = divmod(number, self.num_cases)
-        # Every pass over the cases is a shuffle of its own, so all are seen equally often.
-        order = np.random.default_rng([self.seed, pass_number]).permutation(self.num_cases)
+    def draw(self, iteration: int, place: int) -> Draw:
+        """Return this rank's draw at a place of its batch, iterations counted from 0 over the whole run."""
+        number = iteration * self.global_batch + self.rank * self.batch_size + place
         seed = np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0]
-        return Draw(int(order[place]), int(seed))
+        if self.sharded:
+            cases, shard = len(range(self.rank, self.num_cases, self.num_replicas)), [self.rank]
+            number = iteration * self.batch_size + place
+        else:
+            cases, shard = self.num_cases, []
+        pass_number, place_in_pass = divmod(number, cases)
+        # Every pass over the cases is a shuffle of its own, so all are seen equally often.
+        order = np.random.default_rng([self.seed, pass_number, *shard]).permutation(cases)
+        return Draw(int(order[place_in_pass]), int(seed))
 
 
 class DrawnDataset(torch.utils.data.Dataset):
@@ -118,6 +125,7 @@ def build_dataset(
     cache: str = "memory",
     cache_dir: str | Path | None = None,
     num_workers: int = 0,
+    shard: bool = False,
 ) -> Dataset:
     """Choose MONAI's dataset by where the deterministic part of the transforms is kept.
 
@@ -127,12 +135,20 @@ def build_dataset(
         cache: ``memory`` (CacheDataset), ``disk`` (PersistentDataset, one file a volume) or ``none``.
         cache_dir: folder for ``disk``; may be shared by runs, also at the same time.
         num_workers: threads that fill the memory cache.
+        shard: with several ranks, keep this rank's share only: every ``world_size``-th case from ``rank`` on.
 
     Raises:
-        ValueError: for another ``cache``, or ``disk`` without a folder.
+        ValueError: for another ``cache``, ``disk`` without a folder, or more ranks than cases to share.
     """
+    if shard:
+        if len(data) < parallel.world_size():
+            raise ValueError(
+                f"{parallel.world_size()} ranks cannot share {len(data)} volumes: start fewer, or give more "
+                "volumes (of those to validate on, by --val_fraction)"
+            )
+        data = data[parallel.rank() :: parallel.world_size()]
     if cache == "memory":
-        return CacheDataset(data, transform, num_workers=max(1, num_workers), progress=sys.stderr.isatty())
+        return CacheDataset(data, transform, num_workers=max(1, num_workers), progress=parallel.shows_progress())
     if cache == "disk":
         if cache_dir is None:
             raise ValueError("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")

@@ -156,3 +156,18 @@ def test_the_papers_whole_recipe_trains_and_resumes(tmp_path, device_augments):
     other = train(*configs, **(settings | {"loss": "structural"}), resume="true")
     assert other.returncode == 1
     assert "is of a run with loss 'tissue+l2', not 'structural'" in other.stderr
+
+
+def test_mlflow_tracks_a_run_in_a_local_sqlite_store(cohort, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="the tracking extra is not installed")
+    result = train(dataset_dir=cohort, output_dir=tmp_path / "out", tracking="mlflow")
+    assert result.returncode == 0, result.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/out/mlruns.db")
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    (run,) = client.search_runs(experiment.experiment_id)
+    assert run.info.status == "FINISHED"
+    losses = [point.value for point in client.get_metric_history(run.info.run_id, "train_loss")]
+    assert len(losses) == 4
+    logged = [point.value for point in client.get_metric_history(run.info.run_id, "val_unexplained")]
+    assert logged == [record["val_unexplained"] for record in records(tmp_path / "out")]
+    assert list((tmp_path / "out" / "mlruns").rglob("config_*.json"))  # the settings of the run

@@ -1,0 +1,142 @@
+"""Several processes, one training: torch.distributed under torchrun. With one process everything here does nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from monai.networks.nets.swin_unetr import SwinTransformerBlock
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "distribute",
+    "first_problem",
+    "gather",
+    "placed_like",
+    "rank",
+    "shows_progress",
+    "start",
+    "whole",
+    "world_size",
+]
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return which of them this one is, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def shows_progress() -> bool:
+    """Tell whether this process should draw progress bars: the first one does, where somebody watches."""
+    return rank() == 0 and sys.stderr.isatty()
+
+
+def start(device: str | torch.device, timeout: float = 60) -> None:
+    """Join the other processes; only the first one logs from here on.
+
+    Args:
+        device: of this process; decides between NCCL (CUDA) and Gloo.
+        timeout: minutes that one waits for the others before it gives up.
+
+    Raises:
+        ValueError: when this process was not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "multi_gpu.yaml runs under torchrun: torchrun --nproc_per_node=2 -m monai.bundle run …; for one process "
+            "leave it out of --config_file"
+        )
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout))
+    if dist.get_rank() > 0:
+        logging.disable(logging.WARNING)
+
+
+def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp") -> nn.Module:
+    """Let a network train in several processes.
+
+    Args:
+        network: on its device, the same in all processes.
+        device: of this process.
+        mode: ``ddp``: every process holds the whole network and gradients are averaged (DistributedDataParallel);
+            ``fsdp``: weights, gradients and the optimiser's memory are divided among them, block by block (torch's
+            ``fully_shard``), for networks that one GPU cannot hold.
+
+    Returns:
+        What to train: a wrapper, or the network itself.
+
+    Raises:
+        ValueError: for another ``mode``.
+    """
+    if mode == "ddp":
+        device = torch.device(device)
+        devices = [device.index or 0] if device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+    if mode == "fsdp":
+        for module in network.modules():
+            if isinstance(module, SwinTransformerBlock):
+                fully_shard(module)
+        return fully_shard(network)
+    raise ValueError(f"parallel {mode!r} must be 'ddp' or 'fsdp'")
+
+
+def whole(state: Any) -> Any:
+    """Put the tensors of a nested state that are divided among the processes together; call it in all of them."""
+    return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
+
+
+def placed_like(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Divide those tensors among the processes whose namesakes in ``reference`` are; call it in all of them."""
+    return {
+        name: distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)
+        if isinstance(ours := reference[name], DTensor) and value.shape == ours.shape
+        else value
+        for name, value in tensors.items()
+    }
+
+
+def gather(value: Any) -> list[Any]:
+    """Return what each process handed in, in the order of their ranks; values are pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_problem(problem: str | None, device: torch.device) -> str | None:
+    """Agree on whether any process has a problem, so that all stop together.
+
+    Args:
+        problem: of this process, or None.
+        device: that this process computes on.
+
+    Returns:
+        In all processes alike, the problem of the first one that has any, with its rank; or None.
+    """
+    if world_size() == 1:
+        return problem
+    # One small number at every step; the words are exchanged when there are any.
+    flag = torch.tensor(float(problem is not None), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if not flag.item():
+        return None
+    problems = gather(problem)
+    return next(f"rank {number}: {text}" for number, text in enumerate(problems) if text is not None)

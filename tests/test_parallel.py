@@ -1,0 +1,189 @@
+"""Promises of training in several processes, started by torchrun as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_KNOBS, train, write_volume
+
+from scripts import parallel
+
+pytestmark = pytest.mark.slow
+
+PLAIN, CONDUCTOR = ("train.yaml", "small.yaml"), ("train.yaml", "train_conductor.yaml", "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Five volumes to train on and three to validate on: two ranks cannot share them evenly."""
+    folder = tmp_path_factory.mktemp("volumes")
+    items = [{"image": write_volume(folder / f"case_{number}.nii.gz", seed=number).name} for number in range(8)]
+    (folder / "dataset.json").write_text(json.dumps({"training": items[:5], "validation": items[5:]}))
+    return folder
+
+
+def start_ranks(*configs, ranks=2, **knobs):
+    files = [str(ROOT / "configs" / name) for name in (*configs, "multi_gpu.yaml")]
+    overrides = [part for name, value in (TINY_KNOBS | knobs).items() for part in (f"--{name}", str(value))]
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "-m", "monai.bundle"]
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, *command, "run", "training", "--config_file", str(files), *overrides],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def train_ranks(*configs, **knobs):
+    process = start_ranks(*configs, **knobs)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "training_state.pt", weights_only=True)["network"]
+
+
+# One epoch a step, so that metrics.jsonl holds the loss of every step, averaged over ranks and accumulation.
+STEPS = {
+    "max_epochs": 20,
+    "warmup_epochs": 3,
+    "cache": "none",
+    "precision": "fp32",
+    "clip_norm": 1.0,
+    "val_interval": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("configs", "settings"),
+    [(PLAIN, {"learning_rate": 1e-3}), (CONDUCTOR, {"learning_rate": 1e-4})],
+    ids=["adamw", "conductor"],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_train_like_one_process_with_their_batches_together(
+    volumes, tmp_path, configs, settings, accumulation
+):
+    settings = STEPS | settings | {"dataset_dir": volumes, "accumulation_steps": accumulation,
+                                   "iterations_per_epoch": accumulation}  # fmt: skip
+    alone = train(*configs, **settings, batch_size=8 // accumulation, output_dir=tmp_path / "one")
+    both = train_ranks(*configs, **settings, batch_size=4 // accumulation, output_dir=tmp_path / "two")
+    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    logged = [[line.split("train_loss")[1].split()[0] for line in run.stdout.splitlines() if "train_loss" in line]
+              for run in (alone, both)]  # fmt: skip
+    assert len(logged[0]) == len(logged[1]) == 20  # one rank alone writes the log
+    assert [float(value) for value in logged[0]] == pytest.approx([float(value) for value in logged[1]], rel=2e-4)
+    for first, second in zip(one, two, strict=True):
+        for name in ("train_loss", "val_mse", "val_ssim", "val_unexplained"):
+            assert first[name] == pytest.approx(second[name], rel=1e-4), name
+    assert one[-1]["train_loss"] != pytest.approx(one[0]["train_loss"], rel=1e-2)
+
+
+def test_a_divided_network_trains_like_a_whole_one_and_resumes(volumes, tmp_path):
+    settings = {"dataset_dir": volumes, "cache": "none", "precision": "fp32", "learning_rate": 1e-3}
+    replicated = train_ranks(*PLAIN, **settings, output_dir=tmp_path / "ddp", max_epochs=3)
+    assert replicated.returncode == 0, replicated.stderr
+    settings |= {"parallel": "fsdp", "activation_checkpointing": "true", "output_dir": tmp_path / "fsdp"}
+    for epochs, resume in ((2, "false"), (3, "true")):
+        divided = train_ranks(*PLAIN, **settings, max_epochs=epochs, resume=resume)
+        assert divided.returncode == 0, divided.stderr
+    ddp, fsdp = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
+    assert ddp.keys() == fsdp.keys()
+    difference = max((ddp[name] - fsdp[name]).abs().max() for name in ddp)
+    # The second epoch of two is the end of a cosine, that of three is not: the rates of the two runs differ.
+    assert 0 < difference < 0.01
+    assert [record["epoch"] for record in records(tmp_path / "fsdp")] == [1, 2, 3]
+    whole = train_ranks(*PLAIN, **(settings | {"output_dir": tmp_path / "whole"}), max_epochs=3)
+    assert whole.returncode == 0, whole.stderr
+    difference = max((ddp[name] - value).abs().max() for name, value in weights(tmp_path / "whole").items())
+    assert difference < 1e-5
+
+
+def test_ranks_share_a_memory_cache_and_an_uneven_validation_set(volumes, tmp_path):
+    settings = {"dataset_dir": volumes, "max_epochs": 1, "learning_rate": 1e-12, "precision": "fp32"}
+    alone = train(*PLAIN, **settings, output_dir=tmp_path / "one")
+    both = train_ranks(*PLAIN, **settings, output_dir=tmp_path / "two")
+    assert alone.returncode == both.returncode == 0, both.stderr
+    (one,), (two,) = records(tmp_path / "one"), records(tmp_path / "two")
+    for name in ("val_loss", "val_mse", "val_structure", "val_unexplained"):
+        assert one[name] == pytest.approx(two[name], rel=1e-5), name
+    assert one["val_ssim"] == pytest.approx(two["val_ssim"], rel=1e-3)  # its convolutions depend on the batch
+    too_many = train_ranks(*PLAIN, **settings, ranks=4, output_dir=tmp_path / "four")
+    assert too_many.returncode != 0
+    assert "error: 4 ranks cannot share 3 volumes" in too_many.stderr
+
+
+def test_a_mistake_is_reported_once_and_a_loss_that_is_not_finite_ends_all_ranks(volumes, tmp_path):
+    mistaken = train_ranks(*PLAIN, dataset_dir=tmp_path / "nothing", output_dir=tmp_path / "a")
+    assert mistaken.returncode != 0
+    assert mistaken.stderr.count("[rank0]: error: dataset_dir") == mistaken.stderr.count("error:") == 1
+    diverged = train_ranks(*PLAIN, dataset_dir=volumes, output_dir=tmp_path / "b", learning_rate=1e30, max_epochs=20,
+                           clip_norm="None")  # fmt: skip
+    assert diverged.returncode != 0
+    assert diverged.stderr.count("is nan") == 1
+    assert "case_" in diverged.stderr
+
+
+def ranks_below(pid):
+    """Return the process ids of the ranks by the variable that torchrun gave them."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == pid and b"LOCAL_WORLD_SIZE=2" in environment:
+            local_rank = next(entry for entry in environment if entry.startswith(b"LOCAL_RANK="))
+            found[int(local_rank.split(b"=")[1])] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks by /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_rank_dies_the_others_end_and_the_run_resumes(volumes, tmp_path, victim):
+    settings = {"dataset_dir": volumes, "output_dir": tmp_path / "out", "iterations_per_epoch": 10, "max_epochs": 500}
+    process = start_ranks(*PLAIN, **settings)
+    state = tmp_path / "out" / "checkpoints" / "training_state.pt"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(0.3)  # into an epoch
+    ranks = ranks_below(process.pid)
+    os.kill(ranks[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    reached = torch.load(state, weights_only=True)["epoch"]
+    resumed = train_ranks(*PLAIN, **(settings | {"max_epochs": reached + 1}), resume="true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert records(tmp_path / "out")[-1]["epoch"] == reached + 1
+    assert f"after epoch {reached} of {reached + 1}" in resumed.stdout
+
+
+def test_the_overlay_asks_for_torchrun(volumes, tmp_path):
+    alone = train(*PLAIN, "multi_gpu.yaml", dataset_dir=volumes, output_dir=tmp_path)
+    assert alone.returncode == 1
+    assert "error: multi_gpu.yaml runs under torchrun: torchrun --nproc_per_node=2" in alone.stderr
+
+
+def test_one_process_needs_no_others():
+    assert (parallel.world_size(), parallel.rank(), parallel.gather("mine")) == (1, 0, ["mine"])
+    assert parallel.first_problem("bad", torch.device("cpu")) == "bad"
+    assert parallel.first_problem(None, torch.device("cpu")) is None
+    with pytest.raises(ValueError, match="parallel 'dp' must be 'ddp' or 'fsdp'"):
+        parallel.distribute(torch.nn.Linear(1, 1), "cpu", "dp")
