@@ -127,7 +127,7 @@ def show_mistakes_kindly() -> None:
         if link is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            if parallel.rank() > 0:
+            if int(os.environ.get("RANK", 0)) > 0:
                 # All ranks find a user's mistake: the first one says so, and its end is that of the others.
                 time.sleep(SECONDS_FOR_THE_FIRST_RANK)
             print(f"error: {link}", file=sys.stderr)

@@ -77,6 +77,7 @@ def prepare_cases(
     Raises:
         ValueError: when there is nothing to train on; the message says what was found.
     """
+    parallel.check_started()
     folds = find_cases(dataset_dir() if callable(dataset_dir) else dataset_dir)
     listed = [case for fold in folds.values() for case in fold]
     usable = {case["case"] for case in check_cases(listed, modality, in_chans, skip_invalid, num_threads)}

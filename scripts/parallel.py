@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -19,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "check_started",
     "distribute",
+    "finish",
     "first_problem",
     "gather",
     "placed_like",
@@ -69,6 +73,30 @@ def start(device: str | torch.device, timeout: float = 60) -> None:
         logging.disable(logging.WARNING)
 
 
+def check_started() -> None:
+    """Refuse to be one of several processes that torchrun started and that know nothing of each other.
+
+    Raises:
+        ValueError: saying what joins them.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        raise ValueError("torchrun started several processes: put configs/multi_gpu.yaml behind the other configs too")
+
+
+def finish() -> None:
+    """Leave the other processes, when all are done.
+
+    The program then ends without tearing down what is left: threads of the communication that wake up while Python
+    shuts down abort it now and then, and torchrun would take that for a failure.
+    """
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit.register(os._exit, 0)
+
+
 def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp") -> nn.Module:
     """Let a network train in several processes.
 
@@ -87,6 +115,8 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
     """
     if mode == "ddp":
         device = torch.device(device)
+        # Said of a transposed convolution's weight, whose one input channel has no stride to speak of.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         devices = [device.index or 0] if device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
     if mode == "fsdp":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ def volumes(tmp_path_factory):
     return folder
 
 
-def start_ranks(*configs, ranks=2, **knobs):
-    files = [str(ROOT / "configs" / name) for name in (*configs, "multi_gpu.yaml")]
+def start_ranks(*configs, ranks=2, overlay=("multi_gpu.yaml",), **knobs):
+    files = [str(ROOT / "configs" / name) for name in (*configs, *overlay)]
     overrides = [part for name, value in (TINY_KNOBS | knobs).items() for part in (f"--{name}", str(value))]
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "-m", "monai.bundle"]
     return subprocess.Popen(  # noqa: S603
@@ -123,9 +124,11 @@ def test_ranks_share_a_memory_cache_and_an_uneven_validation_set(volumes, tmp_pa
 
 
 def test_a_mistake_is_reported_once_and_a_loss_that_is_not_finite_ends_all_ranks(volumes, tmp_path):
-    mistaken = train_ranks(*PLAIN, dataset_dir=tmp_path / "nothing", output_dir=tmp_path / "a")
-    assert mistaken.returncode != 0
-    assert mistaken.stderr.count("[rank0]: error: dataset_dir") == mistaken.stderr.count("error:") == 1
+    for mistake in ({"dataset_dir": tmp_path / "nothing"}, {"dataset_dir": volumes, "max_epochs": "many"}):
+        mistaken = train_ranks(*PLAIN, output_dir=tmp_path / "a", **mistake)
+        assert mistaken.returncode != 0
+        assert len(re.findall("^(\\[rank0\\]: )?error: (dataset_dir|max_epochs)", mistaken.stderr, re.MULTILINE)) == 1
+        assert mistaken.stderr.count("error: ") == 1
     diverged = train_ranks(*PLAIN, dataset_dir=volumes, output_dir=tmp_path / "b", learning_rate=1e30, max_epochs=20,
                            clip_norm="None")  # fmt: skip
     assert diverged.returncode != 0
@@ -175,7 +178,10 @@ def test_when_a_rank_dies_the_others_end_and_the_run_resumes(volumes, tmp_path, 
     assert f"after epoch {reached} of {reached + 1}" in resumed.stdout
 
 
-def test_the_overlay_asks_for_torchrun(volumes, tmp_path):
+def test_the_overlay_asks_for_torchrun_and_torchrun_for_the_overlay(volumes, tmp_path):
+    without = train_ranks(*PLAIN, overlay=(), dataset_dir=volumes, output_dir=tmp_path)
+    assert without.returncode != 0
+    assert "error: torchrun started several processes: put configs/multi_gpu.yaml" in without.stderr
     alone = train(*PLAIN, "multi_gpu.yaml", dataset_dir=volumes, output_dir=tmp_path)
     assert alone.returncode == 1
     assert "error: multi_gpu.yaml runs under torchrun: torchrun --nproc_per_node=2" in alone.stderr
