@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +19,23 @@ from . import parallel
 
 __all__ = [
     "Comparison",
+    "DamagedCheckpointError",
     "compare",
     "convert_reference_state_dict",
     "encoder_part",
     "has_strict_stem",
     "load",
     "load_network",
+    "load_newest",
     "load_state_dict",
+    "previous",
     "save",
     "strip_prefixes",
     "to_reference_state_dict",
     "widen",
 ]
+
+logger = logging.getLogger(__name__)
 
 # What wrappers put in front of every name: DistributedDataParallel and torch.compile.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -50,26 +58,59 @@ REFERENCE_DERIVED = re.compile(r"pos_embed|features\.0\.\d+\.attn\.relative_posi
 FLAT_STEM = re.compile(r"patch_embed\.(\d+)\.(\w+)")
 
 
-def save(content: Any, path: str | Path) -> None:
+class DamagedCheckpointError(ValueError):
+    """A file is not the checkpoint that was once written: cut off, or changed."""
+
+
+def save(content: Any, path: str | Path, keep_previous: bool = False) -> None:
     """Write a checkpoint beside its place, sync it and rename it there: a kill leaves the old file or the new one.
 
     Args:
-        content: what ``torch.save`` takes; tensors are stored on the CPU, so that any machine can read them.
+        content: what ``torch.save`` takes; tensors are stored on the CPU, so that any machine can read them. Every
+            tensor gets a checksum (CRC-32), which :func:`load` compares.
         path: where the file goes; its folder is made.
+        keep_previous: keep the file that was there as :func:`previous`, for :func:`load_newest` to fall back on.
+
+    Raises:
+        OSError: when it cannot be written, naming the file; what was there before is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with named_after(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(_to_cpu(content), file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(beside).chmod(0o644)
+            if keep_previous and path.exists():
+                path.replace(previous(path))
+            Path(beside).replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def named_after(path: Path) -> Iterator[None]:
+    """Let errors of writing, whatever torch makes of them, name the file that was to be written."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(_to_cpu(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(beside).chmod(0o644)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        yield
+    except (OSError, RuntimeError) as error:
+        link: BaseException | None = error
+        while link is not None and not isinstance(link, OSError):
+            link = link.__cause__ or link.__context__  # a full disk reaches us as torch's RuntimeError
+        if link is None:
+            raise
+        raise OSError(link.errno, link.strerror, str(path)) from error
+
+
+def previous(path: str | Path) -> Path:
+    """Name the file that ``save(…, keep_previous=True)`` keeps: ``training_state.previous.pt``."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def load(path: str | Path) -> Any:
@@ -77,19 +118,69 @@ def load(path: str | Path) -> Any:
 
     Raises:
         ValueError: when there is no such file, or it is not a checkpoint that can be read safely.
+        DamagedCheckpointError: when it is cut off, or its checksums say that it was changed.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     try:
+        # torch itself does not compare the checksums. What is no zip archive may be a file of an early torch.
+        changed = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    except Exception as error:
+        raise DamagedCheckpointError(f"{path} is damaged ({error}): use another checkpoint, or a copy of it") from error
+    if changed is not None:
+        raise DamagedCheckpointError(
+            f"{path} is damaged (the checksum of {changed} is wrong): use another checkpoint, or a copy of it"
+        )
+    try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        holds = f"it also holds {culprit[1]}" if culprit else f"{type(error).__name__}"
+        if culprit is None:
+            raise DamagedCheckpointError(
+                f"{path} cannot be read as a checkpoint of tensors and plain values ({type(error).__name__}): it is "
+                "damaged, or something else"
+            ) from error
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values ({holds}). Loading anything else could "
-            "run code, so this is not done here; if you trust the file, save its weights alone in a program of your own"
+            f"{path} cannot be read as a checkpoint of tensors and plain values (it also holds {culprit[1]}). Loading "
+            "anything else could run code, so this is not done here; if you trust the file, save its weights alone in "
+            "a program of your own"
         ) from error
+
+
+def load_newest(path: str | Path, keep_aside: bool = True) -> Any | None:
+    """Read a checkpoint, or the one before it where it is damaged.
+
+    Args:
+        path: as given to ``save(…, keep_previous=True)``.
+        keep_aside: rename a damaged file, so that the next save does not put it in the place of the good one.
+
+    Returns:
+        The content, or None when there is no checkpoint at all.
+
+    Raises:
+        ValueError: when there are checkpoints, but none that can be read.
+    """
+    damage = None
+    for candidate in (Path(path), previous(path)):
+        if candidate.exists():
+            content, damage = _load_or_damage(candidate)
+            if damage is None:
+                return content
+            aside = candidate.with_name(f"{candidate.stem}.damaged{candidate.suffix}")
+            if keep_aside:
+                candidate.replace(aside)
+                logger.warning("%s; it is kept as %s", damage, aside.name)
+    if damage is not None:
+        raise ValueError(f"no checkpoint is left to continue from, start anew in another --output_dir: {damage}")
+    return None
+
+
+def _load_or_damage(path: Path) -> tuple[Any, str | None]:
+    try:
+        return load(path), None
+    except DamagedCheckpointError as error:
+        return None, str(error)
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -313,6 +404,16 @@ def _reference_name(name: str, num_stages: int) -> str | None:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
     return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames last through a loss of power, where folders can be synced at all."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _to_cpu(content: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -33,6 +34,7 @@ TRACKING_KNOBS = {
 # Lists of numbers that may have any length; all others have that of the config's own.
 FREE_LENGTH = {"flip_axes"}
 SECONDS_FOR_THE_FIRST_RANK = 10.0
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -124,7 +126,14 @@ def show_mistakes_kindly() -> None:
         link: BaseException | None = error
         while link is not None and not _is_users(link):
             link = link.__cause__ or link.__context__
-        if link is None:
+        full = _full_disk(error)
+        if full is not None:
+            print(
+                f"error: {full.filename} cannot be written: {full.strerror}. What was there before is as it "
+                "was: make room, and continue with --resume true",
+                file=sys.stderr,
+            )
+        elif link is None:
             sys.__excepthook__(kind, error, trace)
         else:
             if int(os.environ.get("RANK", 0)) > 0:
@@ -136,6 +145,14 @@ def show_mistakes_kindly() -> None:
             atexit.register(os._exit, 1)
 
     sys.excepthook = hook
+
+
+def _full_disk(error: BaseException) -> OSError | None:
+    """Find an error of a full disk, or a used-up quota, in what led to this one."""
+    link: BaseException | None = error
+    while link is not None and not (isinstance(link, OSError) and link.errno in FULL and link.filename):
+        link = link.__cause__ or link.__context__
+    return link
 
 
 def _is_users(error: BaseException) -> bool:

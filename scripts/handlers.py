@@ -187,8 +187,9 @@ class MetricsRecorder:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
         beside = self.path.with_name(f".{self.path.name}")
-        beside.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
-        beside.replace(self.path)
+        with checkpoints.named_after(self.path):
+            beside.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
+            beside.replace(self.path)
 
 
 class ConductorStatistics:
@@ -343,7 +344,7 @@ class CheckpointHandler:
             "optimizer": optimizer,
             "grad_scaler": engine.grad_scaler.state_dict(),
         }
-        checkpoints.save(state, self.folder / TRAINING_STATE)
+        checkpoints.save(state, self.folder / TRAINING_STATE, keep_previous=True)
 
 
 class ResumeHandler:
@@ -378,9 +379,9 @@ class ResumeHandler:
 
     def restore(self, engine: Engine) -> None:
         """Bring network, optimiser, rate, counters and the best metric back."""
-        if not self.path.exists():
+        state = checkpoints.load_newest(self.path, keep_aside=parallel.rank() == 0)
+        if state is None:
             return
-        state = checkpoints.load(self.path)
         for name, value in self.about.items():
             if state["about"].get(name) != value:
                 raise ValueError(

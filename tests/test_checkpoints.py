@@ -2,8 +2,11 @@
 
 import argparse
 import pickle
+import resource
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     def fail(content, file):
         file.write(b"half a file")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space left"):
@@ -167,3 +170,73 @@ def test_what_else_a_checkpoint_holds_is_named(tmp_path):
     torch.save({"weights": torch.ones(1), "args": argparse.Namespace(lr=1)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt cannot be read .* \(it also holds argparse\.Namespace\)"):
         checkpoints.load(tmp_path / "model.pt")
+
+
+def test_a_changed_byte_or_a_cut_off_end_is_noticed(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoints.save({"weight": torch.arange(1000.0)}, path)
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1  # within the tensor; torch alone would load it
+    path.write_bytes(changed)
+    with pytest.raises(
+        checkpoints.DamagedCheckpointError, match=r"model\.pt is damaged \(the checksum of archive/data/0"
+    ):
+        checkpoints.load(path)
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(checkpoints.DamagedCheckpointError, match=r"model\.pt"):
+            checkpoints.load(path)
+
+
+def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named_and_kept(tmp_path, caplog):
+    path = tmp_path / "state.pt"
+    assert checkpoints.load_newest(path) is None
+    for epoch in (1, 2):
+        checkpoints.save({"epoch": epoch}, path, keep_previous=True)
+    assert checkpoints.load_newest(path) == {"epoch": 2}
+    damaged = path.read_bytes()[:-5]
+    path.write_bytes(damaged)
+    assert checkpoints.load_newest(path) == {"epoch": 1}
+    assert "state.pt" in caplog.text
+    assert "it is kept as state.damaged.pt" in caplog.text
+    assert (tmp_path / "state.damaged.pt").read_bytes() == damaged
+    checkpoints.save({"epoch": 3}, path, keep_previous=True)
+    path.write_bytes(damaged)
+    assert checkpoints.load_newest(path) == {"epoch": 1}  # the good one was not pushed out
+    checkpoints.previous(path).write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint is left to continue from"):
+        checkpoints.load_newest(path)
+
+
+def test_a_kill_between_the_two_renames_leaves_the_previous_one(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    checkpoints.save({"epoch": 1}, path, keep_previous=True)
+    replace = Path.replace
+
+    def killed(self, target):
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save({"epoch": 2}, path, keep_previous=True)
+    monkeypatch.undo()
+    assert checkpoints.load_newest(path) == {"epoch": 1}
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file_and_costs_nothing(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoints.save({"epoch": 1}, path, keep_previous=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*state\.pt"):
+            checkpoints.save({"weight": torch.zeros(10_000)}, path, keep_previous=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoints.load(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
