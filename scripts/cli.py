@@ -23,7 +23,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from . import parallel
 from .data import reason
 from .engine import NonFiniteLossError
-from .handlers import TRAINING_STATE
+from .resuming import TRAINING_STATE
 
 __all__ = ["check_device", "check_knobs", "check_output", "show_mistakes_kindly"]
 
@@ -42,6 +42,7 @@ def check_knobs(
     config_file: str | Path,
     choices: dict[str, list[Any]] | None = None,
     minimums: dict[str, float] | None = None,
+    maximums: dict[str, float] | None = None,
     optional: Sequence[str] = (),
 ) -> None:
     """Check the overrides of a run against the config they override; for the config's ``initialize``.
@@ -54,6 +55,7 @@ def check_knobs(
             of its plain values the valid types.
         choices: the valid values of some knobs, or of the entries of their lists.
         minimums: the smallest valid values of some knobs.
+        maximums: the largest ones.
         optional: knobs that may be null although the config gives them a value.
 
     Raises:
@@ -71,7 +73,9 @@ def check_knobs(
             if _is_expression(value) or (value is None and name in optional):
                 continue
             checked = _typed(name, value, defaults[name])
-            _check_value(name, checked, (choices or {}).get(name), (minimums or {}).get(name))
+            _check_value(
+                name, checked, (choices or {}).get(name), (minimums or {}).get(name), (maximums or {}).get(name)
+            )
             if checked is not value:
                 parser[name] = checked
         elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, Path(config_file)):
@@ -119,7 +123,7 @@ def show_mistakes_kindly() -> None:
 
     In a run of ``python -m monai.bundle`` only: a program that uses the bundle keeps its own ways.
     """
-    if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
+    if not parallel.is_bundle_command():
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -207,9 +211,11 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _check_value(name: str, value: Any, valid: list[Any] | None, minimum: float | None) -> None:
+def _check_value(name: str, value: Any, valid: list[Any] | None, minimum: float | None, maximum: float | None) -> None:
     if minimum is not None and value is not None and value < minimum:
         raise ValueError(f"{name} is {value} but must be at least {minimum}")
+    if maximum is not None and value is not None and value > maximum:
+        raise ValueError(f"{name} is {value} but must be at most {maximum}")
     for entry in value if isinstance(value, list | tuple) else [value]:
         if valid is not None and entry not in valid:
             near = difflib.get_close_matches(str(entry), [str(choice) for choice in valid], n=1, cutoff=0)

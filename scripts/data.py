@@ -336,7 +336,12 @@ def _is_cylinder(fov: Any) -> bool:
     offset = fov.get("centre_offset", [0, 0])
     if not isinstance(offset, list) or len(offset) != 2 or fov.get("axis", 2) not in (0, 1, 2):
         return False
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in (fov["radius"], *offset))
+    numbers = (fov["radius"], *offset)
+    return all(_is_a_number(number) for number in numbers) and fov["radius"] > 0
+
+
+def _is_a_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _volumes_below(root: Path) -> list[Path]:

@@ -14,6 +14,8 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
@@ -187,6 +189,7 @@ class MAETrainer(SupervisedTrainer):
     ) -> None:
         super().__init__(**{"decollate": False, "optim_set_to_none": True, **kwargs})
         self.lr_scheduler, self.clip_norm = lr_scheduler, clip_norm
+        self.is_stepping = False  # while weights are neither those before the optimiser's step nor those after it
         # Half precision alone needs its gradients scaled. MONAI's own `scaler` is rebuilt at every run.
         scale = getattr(self.inferer, "dtype", None) == torch.float16
         self.grad_scaler = torch.amp.GradScaler(self.state.device.type, enabled=scale)
@@ -212,12 +215,16 @@ class MAETrainer(SupervisedTrainer):
             engine._backward(loss)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if is_last:
+            engine.is_stepping = True
             engine._step()
+            engine.is_stepping = False
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
     def _synchronising(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Let DistributedDataParallel average gradients over the ranks at the last of the accumulated ones only."""
+        """Let gradients be averaged over the ranks at the last of the accumulated ones only."""
+        if isinstance(self.network, FSDPModule):
+            self.network.set_requires_gradient_sync(is_last)
         wait = isinstance(self.network, DistributedDataParallel) and not is_last
         return self.network.no_sync() if wait else contextlib.nullcontext()
 
@@ -240,7 +247,8 @@ class MAETrainer(SupervisedTrainer):
 
     def _clip(self) -> None:
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # With half precision an overflow is no mistake: the scaler skips the step and scales less.
         if not torch.isfinite(norm) and not self.grad_scaler.is_enabled():
             self._refuse_if_any(f"the gradient's norm is {norm.item()}")
@@ -268,11 +276,18 @@ class ConductorTrainer(MAETrainer):
             :class:`~bertswin_mae.optimizers.GradientConductor`.
 
     Raises:
-        ValueError: for half precision, whose scaled gradients cannot be weighed against each other.
+        ValueError: for half precision, whose scaled gradients cannot be weighed against each other; for a network that
+            is divided among the ranks; for a loss without tasks.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if not hasattr(self.loss_function, "tasks"):
+            raise ValueError(
+                "the conductor takes the losses of pre-training: train_conductor.yaml goes with train.yaml"
+            )
+        if any(isinstance(parameter, DTensor) for parameter in self.network.parameters()):
+            raise ValueError("the conductor weighs whole gradients: it goes with --parallel ddp, not fsdp")
         if self.grad_scaler.is_enabled():
             raise ValueError("the conductor weighs gradients, which fp16 scales: choose --precision bf16 or fp32")
 
@@ -280,7 +295,7 @@ class ConductorTrainer(MAETrainer):
         return super()._synchronising(is_last=False)
 
     def _start_gradient(self) -> None:
-        self.task_gradients: dict[str, list[Tensor | None]] = {}
+        self.task_gradients: dict[str, list[Tensor]] = {}
 
     def _score(self, prediction: Any, target: Tensor) -> Tensor:
         self.task_losses = self.loss_function.tasks(prediction, target)
@@ -293,11 +308,9 @@ class ConductorTrainer(MAETrainer):
             left -= 1
             # `grad` leaves `.grad` alone, and with it the hooks by which DistributedDataParallel would average: the
             # conductor averages each task over the ranks itself, before it judges.
-            gradients = torch.autograd.grad(
-                part / self.accumulation_steps, parameters, retain_graph=left > 0, allow_unused=True
-            )
-            so_far = self.task_gradients.get(task)
-            self.task_gradients[task] = list(gradients) if so_far is None else list(map(_added, so_far, gradients))
+            gradients = torch.autograd.grad(part / self.accumulation_steps, parameters, retain_graph=left > 0)
+            so_far = self.task_gradients.get(task, [0.0] * len(parameters))
+            self.task_gradients[task] = [sums + new.float() for sums, new in zip(so_far, gradients, strict=True)]
 
     def _step(self) -> None:
         self.optimizer.merge(self.task_gradients)
@@ -305,10 +318,3 @@ class ConductorTrainer(MAETrainer):
         self.optimizer.step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-
-
-def _added(so_far: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """Add up in float32; None stands for zeros."""
-    if so_far is None or gradient is None:
-        return so_far if gradient is None else gradient
-    return so_far.float() + gradient

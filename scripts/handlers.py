@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, pictures, checkpoints; and when it stops early."""
+"""What a run shows: metrics and pictures; when it validates, and when it stops early."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from monai.engines.utils import IterationEvents
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.utils import CommonKeys as Keys
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoints, parallel
 from .engine import NonFiniteLossError
+from .losses import MaskedL2Loss
 from .masking import unpatchify
 
 __all__ = [
-    "CheckpointHandler",
     "ConductorStatistics",
     "EarlyStopping",
     "HiddenVoxelMetrics",
     "MetricsRecorder",
     "ReconstructionFigures",
-    "ResumeHandler",
+    "RestoreIntensities",
     "ValidateAtEnds",
     "composite",
 ]
 
 logger = logging.getLogger(__name__)
 
-TRAINING_STATE = "training_state.pt"
 # What stands in the figures for voxels that the network did not see: a hidden patch, and one outside the field of view.
 HIDDEN, OUTSIDE = math.inf, -math.inf
 SSIM_WINDOW = 7  # voxels
@@ -128,29 +128,36 @@ class MetricsRecorder:
 
     def record_untrained(self, engine: Engine) -> None:
         """Write epoch 0 down, if the network was validated before training."""
-        self.start_epoch(engine)
-        if engine.state.epoch == 0 and self.validator.state.metrics:
+        if engine.state.iteration == 0 and self.validator.state.metrics:
+            self.start_epoch(engine)
             self.record(engine)
 
     def start_epoch(self, engine: Engine) -> None:
-        """Forget the last epoch's losses."""
-        self.losses: list[dict[str, Tensor]] = []
+        """Forget the last epoch's losses; an epoch that goes on keeps its own."""
+        state = engine.state
+        goes_on = getattr(state, "epoch_goes_on", False)
+        state.epoch_goes_on = False
         self.started = time.monotonic()
-        engine.state.learning_rate = engine.optimizer.param_groups[0]["lr"]
+        if not goes_on:
+            state.epoch_losses = []
+            state.learning_rate = engine.optimizer.param_groups[0]["lr"]
 
     def add_loss(self, engine: Engine) -> None:
         """Keep an iteration's loss, and its components where there are several."""
         output = engine.state.output
         parts = output.get("components", {})
-        self.losses.append({"loss": output[Keys.LOSS].detach(), **(parts if len(parts) > 1 else {})})
+        losses = {"loss": output[Keys.LOSS].detach(), **(parts if len(parts) > 1 else {})}
+        engine.state.epoch_losses.append({name: value.float().cpu() for name, value in losses.items()})
 
     def record(self, engine: Engine) -> None:
         """Write the epoch down."""
         state, record = engine.state, {}
-        if self.losses:
-            sums = torch.stack([torch.stack(list(loss.values())) for loss in self.losses]).double().mean(dim=0)
+        if losses := state.epoch_losses:
+            sums = torch.stack([torch.stack(list(loss.values())) for loss in losses]).double().mean(dim=0)
             means = idist.all_reduce(sums, op="SUM") / idist.get_world_size()
-            record = {f"train_{name}": mean for name, mean in zip(self.losses[0], means.tolist(), strict=True)}
+            record = {f"train_{name}": mean for name, mean in zip(losses[0], means.tolist(), strict=True)}
+            # The components for TensorBoard and MLflow too, which have the loss by iteration.
+            state.metrics.update({name: mean for name, mean in record.items() if name != "train_loss"})
         validated = state.epoch % self.interval == 0 or state.epoch == state.max_epochs
         if validated:
             metrics = self.validator.state.metrics
@@ -231,8 +238,36 @@ class ConductorStatistics:
 
     def write_winners(self, engine: Engine) -> None:
         """Write how often each task won."""
-        for task in engine.optimizer.statistics["norms"]:
+        for task in engine.optimizer.statistics["norms"] if self.merged else ():
             self.writer.add_scalar(f"conductor/wins_{task}", self.wins[task] / self.merged, engine.state.epoch)
+        self.writer.flush()
+
+
+class RestoreIntensities:
+    """Put reconstructions of a network that was trained on normalised targets back on the intensity scale.
+
+    For metrics and figures of voxels: ``reconstructed_cube`` is changed, ``reconstructed_patches``, which the losses
+    look at, stay. Attach to the evaluator before those.
+
+    Args:
+        loss: the one with ``normalise_target``.
+    """
+
+    def __init__(self, loss: MaskedL2Loss) -> None:
+        self.loss = loss
+
+    def attach(self, engine: Engine) -> None:
+        """Follow an evaluator."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.restore)
+
+    def restore(self, engine: Engine) -> None:
+        """Replace the volume in the network's output."""
+        volume, target, prediction = (engine.state.output[key] for key in (Keys.IMAGE, Keys.LABEL, Keys.PRED))
+        patches = self.loss.restore(prediction["reconstructed_patches"], target)
+        patch_size = round((target.shape[2] / volume.shape[1]) ** (1 / 3))
+        prediction["reconstructed_cube"] = unpatchify(
+            patches, patch_size, [side // patch_size for side in volume.shape[2:]]
+        )
 
 
 class ReconstructionFigures:
@@ -287,124 +322,6 @@ class ReconstructionFigures:
             )
 
 
-class CheckpointHandler:
-    """Keep the best network and the last state of the run.
-
-    Attach to an :class:`~bertswin_mae.engine.MAETrainer` behind the ValidationHandler. Writes, each whole or not at
-    all, ``model.pt`` (the network of the best validation, flat) and ``training_state.pt`` (everything that
-    :class:`ResumeHandler` needs to go on as if the run had not stopped).
-
-    Args:
-        ckpt_dir: where checkpoints go.
-        validator: the evaluator, which knows the best metric and its epoch.
-        network: what to save.
-        save_encoder: also write the best network's ``encoder`` alone, to ``encoder.pt``.
-        about: settings, plain values, that a resumed run must share.
-    """
-
-    def __init__(
-        self,
-        ckpt_dir: str | Path,
-        validator: Engine,
-        network: nn.Module,
-        save_encoder: bool = False,
-        about: dict[str, Any] | None = None,
-    ) -> None:
-        self.folder, self.validator, self.network, self.save_encoder = Path(ckpt_dir), validator, network, save_encoder
-        self.about = about or {}
-
-    def attach(self, engine: Engine) -> None:
-        """Follow a trainer."""
-        engine.add_event_handler(Events.STARTED, self.save_untrained)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-
-    def save_untrained(self, engine: Engine) -> None:
-        """Keep the network as it came, if it was validated before training: it may turn out to be the best."""
-        if engine.state.epoch == self.validator.state.best_metric_epoch == 0:
-            self.save(engine)
-
-    def save(self, engine: Engine) -> None:
-        """Write the checkpoints of this epoch."""
-        # What is divided among the ranks, all of them put together; one writes.
-        network = parallel.whole(checkpoints.strip_prefixes(self.network.state_dict()))
-        optimizer = parallel.whole(engine.optimizer.state_dict())
-        if parallel.rank() != 0:
-            return
-        best = self.validator.state
-        if best.best_metric_epoch == engine.state.epoch:
-            checkpoints.save(network, self.folder / "model.pt")
-            if self.save_encoder:
-                checkpoints.save(checkpoints.encoder_part(network), self.folder / "encoder.pt")
-        state = {
-            "about": self.about,
-            "epoch": engine.state.epoch,
-            "best_metric": best.best_metric,
-            "best_metric_epoch": best.best_metric_epoch,
-            "network": network,
-            "optimizer": optimizer,
-            "grad_scaler": engine.grad_scaler.state_dict(),
-        }
-        checkpoints.save(state, self.folder / TRAINING_STATE, keep_previous=True)
-
-
-class ResumeHandler:
-    """Continue from the state that :class:`CheckpointHandler` left.
-
-    Attach to the trainer before all handlers that look at its epoch when it starts.
-
-    Args:
-        ckpt_dir: where checkpoints are.
-        validator: the evaluator.
-        network: what was saved.
-        resume: False leaves everything as it is, and so does a folder without a state.
-        about: settings, plain values, that must be those of the run that is continued.
-    """
-
-    def __init__(
-        self,
-        ckpt_dir: str | Path,
-        validator: Engine,
-        network: nn.Module,
-        resume: bool,
-        about: dict[str, Any] | None = None,
-    ) -> None:
-        self.path, self.validator, self.network, self.resume = Path(ckpt_dir), validator, network, resume
-        self.path /= TRAINING_STATE
-        self.about = about or {}
-
-    def attach(self, engine: Engine) -> None:
-        """Follow a trainer."""
-        if self.resume:
-            engine.add_event_handler(Events.STARTED, self.restore)
-
-    def restore(self, engine: Engine) -> None:
-        """Bring network, optimiser, rate, counters and the best metric back."""
-        state = checkpoints.load_newest(self.path, keep_aside=parallel.rank() == 0)
-        if state is None:
-            return
-        for name, value in self.about.items():
-            if state["about"].get(name) != value:
-                raise ValueError(
-                    f"{self.path} is of a run with {name} {state['about'].get(name)!r}, not {value!r}: continue it as "
-                    "it was, or choose another --output_dir"
-                )
-        checkpoints.load_network(self.network, state["network"], self.path)
-        _restore_optimizer(engine.optimizer, state["optimizer"])
-        engine.grad_scaler.load_state_dict(state["grad_scaler"])
-        # Counted in epochs, as their length may have changed with the data or the batch size.
-        engine.state.epoch = state["epoch"]
-        engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        if engine.lr_scheduler is not None:
-            steps = state["epoch"] * math.ceil(engine.state.epoch_length / engine.accumulation_steps)
-            engine.lr_scheduler.last_epoch = steps - 1
-            engine.lr_scheduler.step()
-        best = self.validator.state
-        best.best_metric, best.best_metric_epoch = state["best_metric"], state["best_metric_epoch"]
-        logger.info("continuing from %s after epoch %d of %d", self.path, state["epoch"], engine.state.max_epochs)
-        if state["epoch"] >= engine.state.max_epochs:
-            logger.info("nothing is left to do: a larger max_epochs trains on")
-
-
 class ValidateAtEnds:
     """Validate before the first epoch, as epoch 0, and after the last: what a ValidationHandler leaves out.
 
@@ -425,7 +342,7 @@ class ValidateAtEnds:
 
     def validate_first(self, engine: Engine) -> None:
         """Run the evaluator before training."""
-        if engine.state.epoch == 0:
+        if engine.state.iteration == 0:
             self.validator.run(1)  # MONAI's evaluators count from one
             self.validator.state.best_metric_epoch = 0
 
@@ -473,20 +390,6 @@ def _ssim_map(prediction: Tensor, target: Tensor, data_range: float) -> Tensor:
     padded = (F.pad(image, pad, mode="replicate") for image in (prediction, target))
     ssim, _ = compute_ssim_and_cs(*padded, 3, (SSIM_WINDOW,) * 3, (SSIM_SIGMA,) * 3, data_range)
     return ssim
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Bring an optimiser's memory back, but not its settings: a resumed run may have new ones."""
-    groups = [
-        {**group, **{name: value for name, value in configured.items() if name != "params"}}
-        for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    memory = {
-        place: parallel.placed_like(values, dict.fromkeys(values, parameters[place]))
-        for place, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": memory, "param_groups": groups})
 
 
 def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:

@@ -1,7 +1,8 @@
 """Hand cases to the network: caching, and draws in which all randomness is a function of the seed.
 
 A draw is the g-th volume that a training run asks for. Which case it is, how it is augmented and which patches are
-hidden follow from the run's seed and g alone: not from the number of workers, ranks or restarts.
+hidden follow from the run's seed and g alone: not from the number of workers, ranks or restarts. (Where ranks keep
+shares of the cases in memory, which case it is depends on the ranks too.)
 """
 
 from __future__ import annotations
@@ -66,15 +67,21 @@ class DrawSampler(DistributedSampler):
         self.sharded = sharded and num_replicas > 1
         self.global_batch = batch_size * num_replicas
         self.iterations = iterations or -(-num_cases // self.global_batch)
+        self.skipped = 0
         self.set_epoch(1)  # Ignite counts from one
 
     def __len__(self) -> int:
         return self.iterations * self.batch_size
 
     def __iter__(self) -> Iterator[Draw]:
-        for iteration in range((self.epoch - 1) * self.iterations, self.epoch * self.iterations):
+        first, self.skipped = self.skipped, 0
+        for iteration in range((self.epoch - 1) * self.iterations + first, self.epoch * self.iterations):
             for place in range(self.batch_size):
                 yield self.draw(iteration, place)
+
+    def skip(self, iterations: int) -> None:
+        """Leave out the first iterations of the next epoch that is drawn: an interrupted run has done them."""
+        self.skipped = iterations
 
     def draw(self, iteration: int, place: int) -> Draw:
         """Return this rank's draw at a place of its batch, iterations counted from 0 over the whole run."""
@@ -161,5 +168,7 @@ def build_dataset(
 def _hash_file(item: dict[str, Any]) -> bytes:
     """Name a cached volume by its path, size and time of change, so that a changed file is prepared afresh."""
     path = Path(item["image"]).absolute()
-    identity = repr((str(path), item.get("case"), path.stat().st_size, path.stat().st_mtime_ns))
+    identity = repr(
+        (str(path), item.get("case"), item.get("field_of_view"), path.stat().st_size, path.stat().st_mtime_ns)
+    )
     return hashlib.sha256(identity.encode()).hexdigest().encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -30,8 +31,9 @@ __all__ = [
 class MaskedLoss(nn.Module, ABC):
     """A loss over hidden patches, in float32 also under autocast, that reports what it is made of.
 
-    Subclasses say what their components are; the loss is the weighted sum. After a call, ``last_components`` holds
-    the unweighted components, detached.
+    Subclasses say what their components are; the loss is the weighted sum of their means over hidden patches. After a
+    call, ``last_components`` holds these means, unweighted and detached, and ``last_counts`` over how many patches each
+    was taken.
 
     Args:
         weights: of the components, by name.
@@ -41,6 +43,7 @@ class MaskedLoss(nn.Module, ABC):
         super().__init__()
         self.weights = dict(weights)
         self.last_components: dict[str, Tensor] = {}
+        self.last_counts: dict[str, Tensor] = {}
 
     def forward(self, prediction: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """Score a reconstruction.
@@ -58,15 +61,22 @@ class MaskedLoss(nn.Module, ABC):
     def tasks(self, prediction: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """Score a reconstruction by component: the weighted scalars whose sum :meth:`forward` returns."""
         with torch.autocast(target.device.type, enabled=False):
-            parts = self.components(
-                prediction["reconstructed_patches"].float(), target.float(), prediction["mae_mask_1d"].float()
-            )
+            hidden = prediction["mae_mask_1d"].float()
+            errors = self.patch_errors(prediction["reconstructed_patches"].float(), target.float())
+            chosen = {name: hidden * group for name, (_, group) in errors.items()}
+            parts = {name: _mean_over(error, chosen[name]) for name, (error, _) in errors.items()}
+            self.last_counts = {name: group.sum().detach() for name, group in chosen.items()}
             self.last_components = {name: part.detach() for name, part in parts.items()}
             return {name: self.weights[name] * part for name, part in parts.items()}
 
     @abstractmethod
-    def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Return the unweighted components, scalars, of patches ``(B, N, P³·C)`` where ``hidden`` ``(B, N)`` is 1."""
+    def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Compare patches ``(B, N, P³·C)``.
+
+        Returns:
+            For each component the error of every patch ``(B, N)``, and which patches belong to it: ``(B, N)`` of ones
+            and zeros, or 1 for all.
+        """
 
 
 class MaskedL2Loss(MaskedLoss):
@@ -81,12 +91,23 @@ class MaskedL2Loss(MaskedLoss):
         super().__init__({"l2": 1.0})
         self.normalise_target, self.epsilon = normalise_target, epsilon
 
-    def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, tuple[Tensor, float]]:
         """Return ``l2``."""
         if self.normalise_target:
-            variance, mean = torch.var_mean(target, dim=-1, correction=0, keepdim=True)
-            target = (target - mean) * (variance + self.epsilon).rsqrt()
-        return {"l2": _mean_over((prediction - target).square().mean(dim=-1), hidden)}
+            mean, deviation = self._statistics(target)
+            target = (target - mean) / deviation
+        return {"l2": ((prediction - target).square().mean(dim=-1), 1.0)}
+
+    def restore(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Put predicted patches ``(B, N, P³·C)`` back on the intensity scale, by the statistics of the target's."""
+        if not self.normalise_target:
+            return prediction
+        mean, deviation = self._statistics(target.float())
+        return prediction.float() * deviation + mean
+
+    def _statistics(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(target, dim=-1, correction=0, keepdim=True)
+        return mean, (variance + self.epsilon).sqrt()
 
 
 class StructuralLoss(MaskedLoss):
@@ -133,19 +154,15 @@ class StructuralLoss(MaskedLoss):
             epsilon,
         )
 
-    def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, tuple[Tensor, float]]:
         """Return ``brightness``, ``contrast`` and ``structure``."""
-        return {name: _mean_over(error, hidden) for name, error in self.patch_errors(prediction, target).items()}
-
-    def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return the three errors of each patch, ``(B, N)``."""
         means, deviations, voxels = zip(*(self._describe(patches) for patches in (prediction, target)), strict=True)
         errors = {
             "brightness": (means[0] - means[1]).square(),
             "contrast": (deviations[0] - deviations[1]).square(),
             "structure": (voxels[0] - voxels[1]).square().mean(dim=-1, keepdim=True),
         }
-        return {name: error.flatten(2).mean(dim=-1) for name, error in errors.items()}
+        return {name: (error.flatten(2).mean(dim=-1), 1.0) for name, error in errors.items()}
 
     def _describe(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return means and deviations ``(B, N, S, 1)`` and standardised voxels ``(B, N, S, V)`` of the sub-patches."""
@@ -202,12 +219,11 @@ class TissueWeightedLoss(MaskedLoss):
         self.grid_size = tuple(side // structural.patch_size for side in img_size)
         self.soft_tissue, self.bone, self.erosion, self.dilation = soft_tissue, bone, erosion, dilation
 
-    def components(self, prediction: Tensor, target: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor | float]]:
         """Return the structural loss of ``all_tissue``, ``soft_tissue`` and ``bone_surface``."""
         errors = self.structural.patch_errors(prediction, target)
-        error = torch.stack([self.structural.weights[name] * error for name, error in errors.items()]).sum(dim=0)
-        groups = {"all_tissue": torch.ones_like(hidden), **self.groups(target)}
-        return {name: _mean_over(error, hidden * group) for name, group in groups.items()}
+        error = torch.stack([self.structural.weights[name] * error for name, (error, _) in errors.items()]).sum(dim=0)
+        return {name: (error, group) for name, group in {"all_tissue": 1.0, **self.groups(target)}.items()}
 
     def groups(self, target: Tensor) -> dict[str, Tensor]:
         """Tell which patches ``(B, N, P³·C)`` are of ``soft_tissue`` and of ``bone_surface``: ``(B, N)``, 1 or 0."""
@@ -243,18 +259,19 @@ class SumOfLosses(nn.Module):
         self.losses, self.per = nn.ModuleDict(losses), per
 
     @property
-    def component_names(self) -> tuple[str, ...]:
-        """What :attr:`last_components` will hold."""
-        return tuple(self._name(loss, part) for loss, module in self.losses.items() for part in module.weights)
-
-    @property
     def last_components(self) -> dict[str, Tensor]:
         """The unweighted components of the last call, detached."""
-        return {
-            self._name(loss, part): value
-            for loss, module in self.losses.items()
-            for part, value in module.last_components.items()
-        }
+        return self._named("last_components")
+
+    @property
+    def last_counts(self) -> dict[str, Tensor]:
+        """Over how many patches each of them was taken."""
+        return self._named("last_counts")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the components."""
+        return self._named("weights")
 
     def forward(self, prediction: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """See :meth:`MaskedLoss.forward`."""
@@ -267,6 +284,13 @@ class SumOfLosses(nn.Module):
             return {loss: torch.stack(list(parts.values())).sum() for loss, parts in tasks.items()}
         return {self._name(loss, part): value for loss, parts in tasks.items() for part, value in parts.items()}
 
+    def _named(self, attribute: str) -> dict[str, Any]:
+        return {
+            self._name(loss, part): value
+            for loss, module in self.losses.items()
+            for part, value in getattr(module, attribute).items()
+        }
+
     def _name(self, loss: str, part: str) -> str:
         if len(self.losses[loss].weights) == 1:
             return loss
@@ -274,7 +298,7 @@ class SumOfLosses(nn.Module):
 
 
 class MaskedLossMetrics(Metric):
-    """A masked loss and its components over the validation set, batches weighted by their hidden patches.
+    """A masked loss and its components over the validation set, each over all of its hidden patches together.
 
     Index the metric by ``loss`` or a component's name to attach one.
 
@@ -284,31 +308,35 @@ class MaskedLossMetrics(Metric):
 
     def __init__(self, loss: SumOfLosses) -> None:
         self.loss = loss
-        self.names = ("loss", *loss.component_names)
         super().__init__(output_transform=lambda output: (output[Keys.LABEL], output[Keys.PRED]))
 
     def by_name(self, total: str, prefix: str = "val_") -> dict[str, Metric]:
         """Return one metric for the loss, called ``total``, and one a component, where there are several."""
-        parts = self.loss.component_names if len(self.loss.component_names) > 1 else ()
+        parts = self.loss.weights if len(self.loss.weights) > 1 else ()
         return {f"{prefix}{total}": self["loss"]} | {f"{prefix}{name}": self[name] for name in parts}
 
     @reinit__is_reduced
     def reset(self) -> None:
         """Start a new epoch."""
-        self._sums = torch.zeros(1 + len(self.names), dtype=torch.float64)  # hidden patches, then the figures
+        self._sums = torch.zeros(2, len(self.loss.weights), dtype=torch.float64)  # patches, and the sum of their errors
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, dict[str, Tensor]]) -> None:
         """Add one batch: the target patches and the network's output."""
         target, prediction = output
-        figures = (self.loss(prediction, target), *self.loss.last_components.values())
-        hidden = prediction["mae_mask_1d"].sum().item()
-        self._sums += hidden * torch.tensor([1.0, *(figure.item() for figure in figures)], dtype=torch.float64)
+        self.loss(prediction, target)
+        counts, means = (
+            torch.stack(list(values.values())).double().cpu()
+            for values in (self.loss.last_counts, self.loss.last_components)
+        )
+        self._sums += torch.stack([counts, counts * means])
 
     @sync_all_reduce("_sums")
     def compute(self) -> dict[str, float]:
         """Return the figures by name."""
-        return dict(zip(self.names, (self._sums[1:] / self._sums[0].clamp(min=1)).tolist(), strict=True))
+        means = (self._sums[1] / self._sums[0].clamp(min=1)).tolist()
+        parts = dict(zip(self.loss.weights, means, strict=True))
+        return {"loss": sum(weight * parts[name] for name, weight in self.loss.weights.items()), **parts}
 
 
 def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "component") -> SumOfLosses:
@@ -320,7 +348,7 @@ def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "com
         tasks: see ``per`` of :class:`SumOfLosses`.
 
     Raises:
-        ValueError: for a name that is not there, with the nearest one that is.
+        ValueError: for a name that is not there, with the nearest one that is; for a normalised target among others.
     """
     names = [name.strip() for name in str(chosen).split("+")]
     for name in names:
@@ -330,6 +358,8 @@ def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "com
                 f"loss {name!r} must be one of {list(losses)}, or several such as {'+'.join(list(losses)[:2])}: did "
                 f"you mean {near[0]}?"
             )
+    if len(names) > 1 and any(getattr(losses[name], "normalise_target", False) for name in names):
+        raise ValueError(f"loss {chosen!r}: a normalised target is on another scale than the others', choose it alone")
     return SumOfLosses({name: losses[name] for name in names}, tasks)
 
 

@@ -87,7 +87,7 @@ def valid_patches(fov: Tensor, patch_size: int, min_share: float = 0.95) -> Tens
 
     Returns:
         ``(B, N)`` bool. Where no patch of a volume passes, those that lie inside most do: a volume thinner than a
-        patch still has something to look at.
+        patch still has something to look at. (Of a crop that misses the field of view altogether, that is all.)
     """
     share = patchify(fov.float(), patch_size).mean(dim=-1)
     valid = share > min_share

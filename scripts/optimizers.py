@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from . import parallel
+
 __all__ = ["GradientConductor"]
 
 SMALL = 1e-8  # norms below this are taken for zero
@@ -104,10 +106,10 @@ class GradientConductor(torch.optim.Optimizer):
         """
         parameters = self.param_groups[0]["params"]
         tasks = {name: self._flatten(name, gradients, parameters) for name, gradients in task_gradients.items()}
-        if dist.is_available() and dist.is_initialized():
+        if parallel.world_size() > 1:
             for gradient in tasks.values():
                 dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
+                gradient /= parallel.world_size()
         norms = {name: gradient.norm().item() for name, gradient in tasks.items()}
         for name, norm in norms.items():
             self.norm_averages[name] = (

@@ -17,7 +17,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from . import checkpoints
+from . import checkpoints, parallel
 from .bertswin_mae import BertsWinMAE
 from .losses import MaskedL2Loss, MaskedLoss, SumOfLosses
 from .masking import patchify
@@ -146,6 +146,15 @@ class StemTuningLoss(nn.Module):
     def __init__(self, objective: str, reconstruction: MaskedLoss | SumOfLosses | None = None) -> None:
         super().__init__()
         self.objective, self.reconstruction = _checked_objective(objective), reconstruction or MaskedL2Loss()
+        if objective == "distillation" and list(self.reconstruction.weights) != ["l2"]:
+            raise ValueError(
+                "--loss says how a reconstruction is judged: give --objective reconstruction, or both, too"
+            )
+
+    @property
+    def last_components(self) -> dict[str, Tensor]:
+        """What the reconstruction's error was made of in the last call."""
+        return self.reconstruction.last_components
 
     def forward(self, prediction: dict[str, Tensor], target: Tensor) -> Tensor:
         """Score the output of :class:`StemTuning`.
@@ -240,6 +249,8 @@ class StemTuningReport:
     def write(self, engine: Engine) -> None:
         """Check the frozen weights and write the report."""
         self.tuning.check_frozen()
+        if parallel.rank() > 0:
+            return
         records = [json.loads(line) for line in self.metrics.read_text().splitlines()]
         report = summarise(records) | {"objective": self.tuning.objective}
         self.path.write_text(json.dumps(report, indent=1) + "\n")

@@ -73,7 +73,15 @@ class Volumes(torch.utils.data.Dataset):
 
 
 def trainer(
-    network, batch_size=2, length=4, epochs=1, precision="fp32", optimizer_factory=None, kind=MAETrainer, **settings
+    network,
+    batch_size=2,
+    length=4,
+    epochs=1,
+    precision="fp32",
+    optimizer_factory=None,
+    kind=MAETrainer,
+    loader=None,
+    **settings,
 ):
     """Build an MAETrainer on noise; the factory makes an optimiser, or that and a scheduler, for the network."""
     made = optimizer_factory(network) if optimizer_factory else torch.optim.SGD(network.parameters(), 0.01)
@@ -81,7 +89,7 @@ def trainer(
     return kind(
         device=torch.device("cpu"),
         max_epochs=epochs,
-        train_data_loader=torch.utils.data.DataLoader(Volumes(length), batch_size=batch_size),
+        train_data_loader=loader or torch.utils.data.DataLoader(Volumes(length), batch_size=batch_size),
         network=network,
         optimizer=optimizer,
         lr_scheduler=scheduler,

@@ -12,16 +12,15 @@ from ignite.engine import Engine, Events, State
 
 from scripts.engine import NonFiniteLossError
 from scripts.handlers import (
-    CheckpointHandler,
     EarlyStopping,
     HiddenVoxelMetrics,
     MetricsRecorder,
     ReconstructionFigures,
-    ResumeHandler,
     ValidateAtEnds,
     composite,
 )
 from scripts.masking import patchify
+from scripts.resuming import CheckpointHandler, ResumeHandler
 
 
 def output(prediction, volume, hidden):
@@ -67,7 +66,9 @@ def test_what_the_decoder_says_of_visible_patches_changes_no_metric():
 def run_recorded(recorder, epochs, start=0):
     trainer = Engine(lambda _, batch: {"loss": torch.tensor(float(batch))})
     trainer.optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
-    trainer.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", start))
+    trainer.add_event_handler(
+        Events.STARTED, lambda engine: vars(engine.state).update(epoch=start, iteration=2 * start)
+    )
     recorder.attach(trainer)
     trainer.run([1, 3], max_epochs=epochs)
 

@@ -149,7 +149,7 @@ def test_each_tissue_weighs_by_its_own_patches_and_an_empty_group_adds_nothing()
     target = patchify(body(), 8)
     prediction = target + noise(*target.shape, seed=1)
     loss = tissue()
-    errors = structural().patch_errors(prediction, target)
+    errors = {name: error for name, (error, _) in structural().patch_errors(prediction, target).items()}
     error = 0.3 * errors["brightness"] + 0.2 * errors["contrast"] + 0.5 * errors["structure"]
     groups = loss.groups(target)
     hidden = (noise(1, 64, seed=2) > 0).float()
@@ -182,8 +182,10 @@ def test_losses_are_chosen_by_name_and_added_up():
     both = choose_loss("l2+structural", choice())
     torch.testing.assert_close(both(scored, target), l2 + lcs)
     assert list(both.last_components) == ["l2", "structural_brightness", "structural_contrast", "structural_structure"]
-    assert both.component_names == tuple(both.last_components)
-    assert choose_loss("structural", choice()).component_names == ("brightness", "contrast", "structure")
+    assert both.weights.keys() == both.last_components.keys() == both.last_counts.keys()
+    assert list(choose_loss("structural", choice()).weights) == ["brightness", "contrast", "structure"]
+    with pytest.raises(ValueError, match="a normalised target is on another scale"):
+        choose_loss("l2+normal", {"l2": MaskedL2Loss(), "normal": MaskedL2Loss(normalise_target=True)})
     with pytest.raises(ValueError, match=r"loss 'l3' must be one of \['l2', 'structural'\].*did you mean l2"):
         choose_loss("structural+l3", choice())
 
@@ -219,3 +221,23 @@ def test_validation_losses_are_those_of_all_hidden_patches_together():
     measured = engine.run([slice(0, 2), slice(2, 4)]).metrics
     assert measured["val_loss"] == pytest.approx(loss(output(prediction, hidden), target).item())
     assert measured["val_contrast"] == pytest.approx(loss.last_components["contrast"].item())
+
+
+def test_a_tissue_that_a_batch_lacks_does_not_lower_its_validation_loss():
+    target = patchify(body(), 8)
+    prediction, loss = target + noise(*target.shape, seed=1), SumOfLosses({"tissue": tissue()})
+    air = torch.full_like(target, -2.0)
+    parts = [(prediction, target), (air + 0.1 * noise(*air.shape, seed=2), air)]
+    together = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+    expected = loss(output(together[0], torch.ones(2, 64)), together[1]).item()
+    metric = MaskedLossMetrics(loss)["loss"]
+    engine = Engine(lambda _, part: {"label": part[1], "pred": output(part[0], torch.ones(1, 64))})
+    metric.attach(engine, "loss")
+    assert engine.run(parts).metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_predictions_of_normalised_targets_go_back_to_the_intensity_scale():
+    loss, target = MaskedL2Loss(normalise_target=True), 3 * noise(1, 4, 64) + 7
+    mean, deviation = target.mean(dim=-1, keepdim=True), target.std(dim=-1, correction=0, keepdim=True)
+    torch.testing.assert_close(loss.restore((target - mean) / deviation, target), target)
+    assert MaskedL2Loss().restore(target, target) is target

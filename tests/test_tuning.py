@@ -110,7 +110,7 @@ def without_field_of_view(config):
     config = {key: without_field_of_view(value) for key, value in config.items() if key != "allow_missing_keys"}
     if isinstance(config.get("keys"), list) and "fov" in config["keys"]:
         config["keys"] = [key for key in config["keys"] if key != "fov"]
-        lists = {key: config[key][0] for key in ("mode", "dtype") if isinstance(config.get(key), list)}
+        lists = {key: config[key][0] for key in ("mode", "dtype", "padding_mode") if isinstance(config.get(key), list)}
         config |= lists
         if len(config["keys"]) == 1:
             config["keys"] = config["keys"][0]
@@ -138,7 +138,9 @@ def test_the_configs_agree_on_what_they_share():
     assert inference["bundle_root"] == train["bundle_root"]
     assert [step for step in inference["loading"] if "scripts" not in step["_target_"]] == train["geometry"]
     assert inference["network_def"]["strict_stem"] == "@strict_stem"
-    network = {k: v for k, v in train["network_def"].items() if not k.startswith(("decoder", "mask_ratio"))}
+    network = {
+        k: v for k, v in train["network_def"].items() if not k.startswith(("decoder", "mask_ratio", "activation"))
+    }
     assert inference["network_def"] == network | {"_target_": "scripts.encoder.BertsWinEncoder"}
 
 

@@ -1,0 +1,179 @@
+"""Promises of runs that are interrupted: nothing is lost, and they go on as if they had not been."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from conftest import noise, start_training, tiny, train, trainer
+from ignite.engine import Engine, Events
+
+from scripts.handlers import MetricsRecorder
+from scripts.loading import DrawSampler
+from scripts.resuming import CheckpointHandler, PreemptionHandler, ResumeHandler
+
+EPOCHS, ITERATIONS, VALIDATION_BATCHES = 3, 5, 2
+# Runs that are killed at random moments; the release is checked with more.
+KILLS = int(os.environ.get("BERTSWIN_KILLS", "3"))
+
+
+class Drawn(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, draw):
+        return {"image": noise(1, 32, 32, 32, seed=draw.seed), "case": f"case_{draw.index}", "seed": draw.seed}
+
+
+def run(folder, request_at=None, accumulation=2, resume=True):
+    """Train, and ask for the end at the n-th iteration of trainer or validator; return whether all was done."""
+    network = tiny()
+    validator = Engine(lambda *_: None)
+    validator.state.best_metric, validator.state.best_metric_epoch = -1.0, -1
+
+    @validator.on(Events.EPOCH_COMPLETED)
+    def measure(engine):
+        metric = sum(parameter.double().sum().item() for parameter in network.parameters())
+        engine.state.metrics = {"val_loss": metric}
+        if metric > engine.state.best_metric:
+            engine.state.best_metric, engine.state.best_metric_epoch = metric, trained.state.epoch
+
+    def optimizer(net):
+        adam = torch.optim.AdamW(net.parameters(), 1e-3)
+        return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 0.9**step)
+
+    sampler = DrawSampler(6, batch_size=1, iterations=ITERATIONS)
+    loader = torch.utils.data.DataLoader(Drawn(), batch_size=1, sampler=sampler)
+    trained = trainer(network, epochs=EPOCHS, optimizer_factory=optimizer, loader=loader,
+                      accumulation_steps=accumulation)  # fmt: skip
+    trained.add_event_handler(Events.EPOCH_STARTED, lambda engine: sampler.set_epoch(engine.state.epoch))
+    validator.state.key_metric_name = "val_loss"
+    checkpoint = CheckpointHandler(folder, validator, network)
+    preemption = PreemptionHandler(validator)
+    seen = {"iterations": 0}
+
+    def count(_):
+        seen["iterations"] += 1
+        if seen["iterations"] == request_at:
+            preemption.request()
+
+    ResumeHandler(folder, validator, network, resume).attach(trained)
+    trained.add_event_handler(Events.ITERATION_STARTED, count)
+    validator.add_event_handler(Events.ITERATION_STARTED, count)
+    trained.add_event_handler(Events.EPOCH_COMPLETED, lambda _: validator.run([0] * VALIDATION_BATCHES))
+    MetricsRecorder(folder / "metrics.jsonl", validator).attach(trained)
+    checkpoint.attach(trained)
+    preemption.attach(trained)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        trained.run()
+    except SystemExit as end:
+        assert end.code == 0
+        return False
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return True
+
+
+def left(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records], state
+
+
+def assert_same_end(one, two):
+    (records, state), (other_records, other_state) = left(one), left(two)
+    assert records == other_records
+    assert state.keys() == other_state.keys()
+    torch.testing.assert_close(state, other_state, rtol=0, atol=0)
+    best, other_best = (torch.load(folder / "model.pt", weights_only=True) for folder in (one, two))
+    torch.testing.assert_close(best, other_best, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_is_preempted_anywhere_goes_on_bit_for_bit(tmp_path, accumulation):
+    assert run(tmp_path / "whole", accumulation=accumulation)
+    for moment in range(1, EPOCHS * (ITERATIONS + VALIDATION_BATCHES) + 1):
+        folder = tmp_path / f"at_{moment}"
+        done = run(folder, request_at=moment, accumulation=accumulation)
+        assert done == (moment > EPOCHS * (ITERATIONS + VALIDATION_BATCHES))
+        assert run(folder, accumulation=accumulation)
+        assert_same_end(tmp_path / "whole", folder)
+
+
+def test_a_run_that_is_preempted_again_and_again_arrives(tmp_path):
+    assert run(tmp_path / "whole")
+    parts, starts = tmp_path / "parts", 1
+    while not run(parts, request_at=3):
+        starts += 1
+    assert starts > 5
+    assert_same_end(tmp_path / "whole", parts)
+
+
+def test_an_exception_that_comes_with_the_signal_is_no_failure_and_any_other_is(tmp_path):
+    network = tiny()
+    validator = Engine(lambda *_: None)
+    validator.state.best_metric, validator.state.best_metric_epoch = -1.0, -1
+    trained = trainer(network, epochs=2)
+    trained.checkpoint = CheckpointHandler(tmp_path, validator, network)
+    preemption = PreemptionHandler(validator)
+    preemption.listen = lambda _: None
+    preemption.attach(trained)
+
+    def fail(_):
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    trained.add_event_handler(Events.GET_BATCH_COMPLETED(once=2), fail)
+    with pytest.raises(RuntimeError, match="Terminated"):
+        trained.run()
+    assert not list(tmp_path.iterdir())
+    preemption.request()
+    trained.state.iteration, trained.state.epoch = 1, 1
+    with pytest.raises(SystemExit) as end:
+        preemption.end_after_exception(trained, RuntimeError("Terminated"))
+    assert end.value.code == 0
+    assert torch.load(tmp_path / "training_state.pt", weights_only=True)["iteration"] == 1
+    trained.is_stepping = True
+    (tmp_path / "training_state.pt").unlink()
+    with pytest.raises(SystemExit):
+        preemption.end_after_exception(trained, RuntimeError("Terminated"))
+    assert not list(tmp_path.iterdir())  # a half-done step is not saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["preempted", "killed"])
+def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, tmp_path, number):
+    settings = {"dataset_dir": cohort, "max_epochs": 12, "iterations_per_epoch": 20, "accumulation_steps": 3,
+                "val_interval": 2, "resume": "true", "precision": "fp32", "figure_interval": 100}  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(output_dir=whole, **settings).returncode == 0
+    rng, interruptions = random.Random(0), 0  # noqa: S311
+    while interruptions < KILLS:
+        state = parts / "checkpoints" / "training_state.pt"
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = start_training(output_dir=parts, **settings)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if state.exists() and state.stat().st_mtime_ns != before:
+                break  # it is training
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(number)
+        sent = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - sent < 10
+        assert process.returncode in ((0,) if number == signal.SIGTERM else (-9, 0)), stderr
+        interruptions += 1
+        if json.loads((parts / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 12:
+            break
+    resumed = train(output_dir=parts, **settings)
+    assert resumed.returncode == 0, resumed.stderr
+    records = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in
+                (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, parts)]  # fmt: skip
+    assert records[0] == records[1]
+    for name in ("model.pt", "training_state.pt"):
+        one, two = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (whole, parts))
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
