@@ -16,9 +16,11 @@ from scripts.handlers import (
     HiddenVoxelMetrics,
     MetricsRecorder,
     ReconstructionFigures,
+    RestoreIntensities,
     ValidateAtEnds,
     composite,
 )
+from scripts.losses import MaskedL2Loss
 from scripts.masking import patchify
 from scripts.resuming import CheckpointHandler, ResumeHandler
 
@@ -198,3 +200,15 @@ def test_the_last_epoch_is_validated_whatever_the_interval(interval, epochs, exp
     ValidateAtEnds(validator, interval).attach(engine)
     engine.run([0], max_epochs=epochs)
     assert validated == expected
+
+
+def test_voxels_of_a_network_trained_on_normalised_targets_are_measured_on_their_own_scale():
+    volume = 3 * noise(2, 1, 16, 16, 16) + 7
+    target = patchify(volume, 8)
+    standard = (target - target.mean(dim=-1, keepdim=True)) / target.std(dim=-1, correction=0, keepdim=True)
+    state = SimpleNamespace(output={
+        "image": volume, "label": target, "pred": {"reconstructed_patches": standard, "reconstructed_cube": None}
+    })  # fmt: skip
+    RestoreIntensities(MaskedL2Loss(normalise_target=True)).restore(SimpleNamespace(state=state))
+    torch.testing.assert_close(state.output["pred"]["reconstructed_cube"], volume, rtol=1e-4, atol=1e-4)
+    assert torch.equal(state.output["pred"]["reconstructed_patches"], standard)  # what the loss looks at

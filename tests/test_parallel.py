@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS, train, write_volume
+from conftest import ROOT, TINY_KNOBS, tiny, train, write_volume
 
 from scripts import parallel
 
@@ -29,12 +29,12 @@ def volumes(tmp_path_factory):
     return folder
 
 
-def start_ranks(*configs, ranks=2, overlay=("multi_gpu.yaml",), **knobs):
+def start_ranks(*configs, ranks=2, overlay=("multi_gpu.yaml",), workflow="training", only=None, **knobs):
     files = [str(ROOT / "configs" / name) for name in (*configs, *overlay)]
-    overrides = [part for name, value in (TINY_KNOBS | knobs).items() for part in (f"--{name}", str(value))]
+    overrides = [part for name, value in (only or TINY_KNOBS | knobs).items() for part in (f"--{name}", str(value))]
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "-m", "monai.bundle"]
     return subprocess.Popen(  # noqa: S603
-        [sys.executable, *command, "run", "training", "--config_file", str(files), *overrides],
+        [sys.executable, *command, "run", workflow, "--config_file", str(files), *overrides],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -189,6 +189,48 @@ def test_the_overlay_asks_for_torchrun_and_torchrun_for_the_overlay(volumes, tmp
     alone = train(*PLAIN, "multi_gpu.yaml", dataset_dir=volumes, output_dir=tmp_path)
     assert alone.returncode == 1
     assert "error: multi_gpu.yaml runs under torchrun: torchrun --nproc_per_node=2" in alone.stderr
+
+
+def test_the_stem_is_tuned_in_several_processes_too(volumes, tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "model.pt")
+    knobs = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}
+    settings = knobs | {
+        "dataset_dir": volumes,
+        "pretrained": tmp_path / "model.pt",
+        "cache": "none",
+        "precision": "fp32",
+    }
+    for ranks, batch_size in ((1, 2), (2, 1)):
+        settings |= {"batch_size": batch_size, "output_dir": tmp_path / str(ranks)}
+        process = start_ranks("tune_stem.yaml", "small.yaml", ranks=ranks, workflow="tuning", only=settings)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+    one, two = (json.loads((tmp_path / ranks / "stem_tuning.json").read_text()) for ranks in "12")
+    for name in ("volumetric_before", "volumetric_after", "patch_mode", "feature_cosine_after"):
+        assert one[name] == pytest.approx(two[name], rel=1e-3), name
+    encoder = torch.load(tmp_path / "2" / "checkpoints" / "encoder.pt", weights_only=True)
+    assert encoder.keys() == tiny().encoder.state_dict().keys()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks by /proc")
+def test_preempted_ranks_save_together_and_go_on(volumes, tmp_path):
+    settings = {"dataset_dir": volumes, "output_dir": tmp_path, "iterations_per_epoch": 400, "max_epochs": 2}
+    process = start_ranks(*PLAIN, **settings)
+    deadline = time.monotonic() + 120
+    while len(ranks := ranks_below(process.pid)) < 2 or not (tmp_path / "tensorboard").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(4)  # into the first epoch
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "ended by SIGTERM in epoch 1" in stdout
+    state = torch.load(tmp_path / "checkpoints" / "training_state.pt", weights_only=True)
+    assert 0 < state["iteration"] < 400
+    resumed = train_ranks(*PLAIN, **(settings | {"max_epochs": 1}), resume="true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"after epoch 0 and {state['iteration']} of 400 iterations" in resumed.stdout
 
 
 def test_one_process_needs_no_others():

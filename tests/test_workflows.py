@@ -171,3 +171,11 @@ def test_mlflow_tracks_a_run_in_a_local_sqlite_store(cohort, tmp_path):
     logged = [point.value for point in client.get_metric_history(run.info.run_id, "val_unexplained")]
     assert logged == [record["val_unexplained"] for record in records(tmp_path / "out")]
     assert list((tmp_path / "out" / "mlruns").rglob("config_*.json"))  # the settings of the run
+
+
+def test_a_normalised_target_trains_and_is_measured_on_the_intensity_scale(cohort, tmp_path):
+    result = train(dataset_dir=cohort, output_dir=tmp_path, loss="normalised_l2", learning_rate=1e-3, max_epochs=1,
+                   iterations_per_epoch=60)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (record,) = records(tmp_path)
+    assert record["val_unexplained"] < 0.9  # a patch's own mean and deviation explain much; on the wrong scale, nothing
