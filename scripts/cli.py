@@ -8,6 +8,7 @@ import errno
 import inspect
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -142,6 +143,7 @@ def show_mistakes_kindly() -> None:
         else:
             if int(os.environ.get("RANK", 0)) > 0:
                 # All ranks find a user's mistake: the first one says so, and its end is that of the others.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(SECONDS_FOR_THE_FIRST_RANK)
             print(f"error: {link}", file=sys.stderr)
         if parallel.world_size() > 1:
