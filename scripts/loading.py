@@ -8,7 +8,9 @@ shares of the cases in memory, which case it is depends on the ranks too.)
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +18,15 @@ import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
 from monai.transforms import Compose
+from monai.utils import convert_to_tensor
 from torch.utils.data import DistributedSampler
 
-from . import parallel
+from . import checkpoints, parallel
 from .data import reason
 
-__all__ = ["Draw", "DrawSampler", "DrawnDataset", "ForgivingDataset", "build_dataset"]
+__all__ = ["DiskCacheDataset", "Draw", "DrawSampler", "DrawnDataset", "ForgivingDataset", "build_dataset"]
+
+logger = logging.getLogger(__name__)
 
 CACHES = ("memory", "disk", "none")
 
@@ -126,6 +131,27 @@ class ForgivingDataset(Dataset):
             return {"case": self.data[index]["case"], "error": reason(error)}
 
 
+class DiskCacheDataset(PersistentDataset):
+    """MONAI's PersistentDataset whose files several runs may write and read at once.
+
+    Files are written beside their place and renamed there, so that nobody reads half of one; a damaged one is
+    prepared again.
+    """
+
+    def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
+        path = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
+        if path.is_file():
+            try:
+                return checkpoints.load(path)
+            except checkpoints.DamagedCheckpointError as error:
+                logger.warning("%s; this volume is prepared again", error)
+        prepared = convert_to_tensor(
+            self._pre_transform(deepcopy(item_transformed)), convert_numeric=False, track_meta=self.track_meta
+        )
+        checkpoints.save(prepared, path)
+        return prepared
+
+
 def build_dataset(
     data: Sequence[dict[str, Any]],
     transform: Sequence[Any] | Compose,
@@ -139,7 +165,7 @@ def build_dataset(
     Args:
         data: the datalist.
         transform: up to the first random one, results are kept.
-        cache: ``memory`` (CacheDataset), ``disk`` (PersistentDataset, one file a volume) or ``none``.
+        cache: ``memory`` (CacheDataset), ``disk`` (:class:`DiskCacheDataset`, one file a volume) or ``none``.
         cache_dir: folder for ``disk``; may be shared by runs, also at the same time.
         num_workers: threads that fill the memory cache.
         shard: with several ranks, keep this rank's share only: every ``world_size``-th case from ``rank`` on.
@@ -159,7 +185,7 @@ def build_dataset(
     if cache == "disk":
         if cache_dir is None:
             raise ValueError("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")
-        return PersistentDataset(data, transform, cache_dir, hash_func=_hash_file, hash_transform=pickle_hashing)
+        return DiskCacheDataset(data, transform, cache_dir, hash_func=_hash_file, hash_transform=pickle_hashing)
     if cache == "none":
         return Dataset(data, transform)
     raise ValueError(f"cache {cache!r} must be one of {CACHES}")

@@ -7,21 +7,68 @@ import math
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 from torch import nn
 
 from . import checkpoints, parallel
 
-__all__ = ["TRAINING_STATE", "CheckpointHandler", "PreemptionHandler", "ResumeHandler", "end_when_preempted"]
+__all__ = [
+    "TRAINING_STATE",
+    "CheckpointHandler",
+    "OutputLock",
+    "PreemptionHandler",
+    "ResumeHandler",
+    "end_when_preempted",
+]
 
 logger = logging.getLogger(__name__)
 
 TRAINING_STATE = "training_state.pt"
+
+
+class OutputLock:
+    """Refuse to train where another run is training: two runs in one folder would overwrite each other.
+
+    Attach to the trainer before all others. The lock is the operating system's: it ends with the process, however that
+    ends.
+
+    Args:
+        folders: that the run writes to.
+        patience: seconds to wait for a run that is ending.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], patience: float = 10) -> None:
+        self.locks = [FileLock(Path(folder) / ".lock", timeout=patience) for folder in sorted(set(map(str, folders)))]
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        if parallel.rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.acquire)
+            engine.add_event_handler(Events.COMPLETED, self.release)
+
+    def acquire(self) -> None:
+        """Take the locks, or say who has them."""
+        for lock in self.locks:
+            folder = Path(lock.lock_file).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise ValueError(
+                    f"another run is writing to {folder}: wait for its end, or choose another --output_dir"
+                ) from error
+
+    def release(self) -> None:
+        """Give the locks back."""
+        for lock in self.locks:
+            lock.release()
 
 
 class CheckpointHandler:

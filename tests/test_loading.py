@@ -1,11 +1,16 @@
 """Promises of caching and drawing: all randomness is a function of the seed."""
 
 import collections
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, RandGaussianNoised, ScaleIntensityd
+from conftest import ROOT
+from monai.transforms import Compose, Lambdad, RandGaussianNoised, ScaleIntensityd
 
 from scripts.loading import DrawnDataset, DrawSampler, build_dataset
 
@@ -116,3 +121,45 @@ def test_a_cache_that_does_not_exist_is_refused():
         build_dataset([], Compose([]), "tape")
     with pytest.raises(ValueError, match="cache 'disk' needs a cache_dir"):
         build_dataset([], Compose([]), "disk")
+
+
+def test_a_damaged_file_of_the_disk_cache_is_prepared_again(tmp_path, caplog):
+    def prepared():
+        data = [{"image": str(tmp_path / "volume.nii.gz"), "case": "volume"}]
+        return build_dataset(data, Compose([Lambdad("image", _ramp)]), "disk", tmp_path)[0]
+
+    (tmp_path / "volume.nii.gz").write_bytes(b"")
+    first = prepared()
+    (file,) = tmp_path.glob("*.pt")
+    for damaged in (file.read_bytes()[:100], b""):
+        file.write_bytes(damaged)
+        assert torch.equal(prepared()["image"], first["image"])
+        assert "this volume is prepared again" in caplog.text
+        caplog.clear()
+    assert torch.equal(prepared()["image"], first["image"])
+    assert not caplog.text
+
+
+def test_parallel_writers_of_the_disk_cache_do_not_disturb_each_other(tmp_path):
+    code = "import sys; sys.path[:0] = ['.', 'tests']; from test_loading import fill; fill(sys.argv[1])"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(3)]  # noqa: S603
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    assert len(list((tmp_path / "cache").iterdir())) == 8  # whole files, and nothing beside them
+    fill(tmp_path)
+
+
+def fill(folder):
+    """Read eight volumes through a disk cache, again and again, and check them."""
+    folder = Path(folder)
+    data = [{"image": str(folder / f"{number}.nii.gz"), "number": number} for number in range(8)]
+    for item in data:
+        Path(item["image"]).touch()
+        os.utime(item["image"], (0, 0))
+    transform = Compose([Lambdad("image", _ramp)])
+    for _ in range(5):
+        for item in build_dataset(data, transform, "disk", folder / "cache"):
+            assert torch.equal(item["image"], torch.arange(100_000.0))
+
+
+def _ramp(_):
+    return torch.arange(100_000.0)

@@ -4,20 +4,32 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import noise, start_training, tiny, train, trainer
+from conftest import ROOT, noise, start_training, tiny, train, trainer
 from ignite.engine import Engine, Events
 
 from scripts.handlers import MetricsRecorder
 from scripts.loading import DrawSampler
-from scripts.resuming import CheckpointHandler, PreemptionHandler, ResumeHandler
+from scripts.resuming import CheckpointHandler, OutputLock, PreemptionHandler, ResumeHandler
 
 EPOCHS, ITERATIONS, VALIDATION_BATCHES = 3, 5, 2
 # Runs that are killed at random moments; the release is checked with more.
 KILLS = int(os.environ.get("BERTSWIN_KILLS", "3"))
+
+
+HOLD_A_LOCK = """
+import sys, time
+from scripts.resuming import OutputLock
+lock = OutputLock([sys.argv[1]])
+lock.acquire()
+print("locked", flush=True)
+time.sleep(60)
+"""
 
 
 class Drawn(torch.utils.data.Dataset):
@@ -141,6 +153,40 @@ def test_an_exception_that_comes_with_the_signal_is_no_failure_and_any_other_is(
     with pytest.raises(SystemExit):
         preemption.end_after_exception(trained, RuntimeError("Terminated"))
     assert not list(tmp_path.iterdir())  # a half-done step is not saved
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_lock_is_no_obstacle_once_its_run_is_gone(tmp_path):
+    first, second = (OutputLock([tmp_path / "out"], patience=0.1) for _ in range(2))
+    first.acquire()
+    with pytest.raises(ValueError, match=r"another run is writing to .*out: wait for its end"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    holder = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", HOLD_A_LOCK, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"locked\n"
+    with pytest.raises(ValueError, match="another run is writing"):
+        first.acquire()
+    holder.kill()
+    holder.wait()
+    first.acquire()
+    first.release()
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_while_the_first_one_trains(cohort, tmp_path):
+    first = start_training(dataset_dir=cohort, output_dir=tmp_path, max_epochs=1000)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "training_state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = train(dataset_dir=cohort, output_dir=tmp_path, max_epochs=1000, resume="true")
+    first.kill()
+    first.wait()
+    assert second.returncode == 1
+    assert "error: another run is writing to" in second.stderr
+    assert "Traceback" not in second.stderr
 
 
 @pytest.mark.slow
