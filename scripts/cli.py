@@ -134,8 +134,8 @@ def show_mistakes_kindly() -> None:
         full = _full_disk(error)
         if full is not None:
             print(
-                f"error: {full.filename} cannot be written: {full.strerror}. What was there before is as it "
-                "was: make room, and continue with --resume true",
+                f"error: {full.filename or 'a file of this run'} cannot be written: {full.strerror}. What was there before "
+                "is as it was: make room, and continue with --resume true",
                 file=sys.stderr,
             )
         elif link is None:
@@ -156,7 +156,7 @@ def show_mistakes_kindly() -> None:
 def _full_disk(error: BaseException) -> OSError | None:
     """Find an error of a full disk, or a used-up quota, in what led to this one."""
     link: BaseException | None = error
-    while link is not None and not (isinstance(link, OSError) and link.errno in FULL and link.filename):
+    while link is not None and not (isinstance(link, OSError) and link.errno in FULL):
         link = link.__cause__ or link.__context__
     return link
 
