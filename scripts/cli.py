@@ -134,8 +134,8 @@ def show_mistakes_kindly() -> None:
         full = _full_disk(error)
         if full is not None:
             print(
-                f"error: {full.filename or 'a file of this run'} cannot be written: {full.strerror}. What was there before "
-                "is as it was: make room, and continue with --resume true",
+                f"error: {full.filename or 'a file of this run'} cannot be written: {full.strerror}. What was there "
+                "before is as it was: make room, and continue with --resume true",
                 file=sys.stderr,
             )
         elif link is None:
