@@ -118,7 +118,9 @@ class DrawnDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         self.dataset.transform.set_random_state(seed=draw.seed)
-        return {**self.dataset[draw.index], "seed": draw.seed}
+        item = self.dataset[draw.index]
+        item = item[0] if isinstance(item, list) else item  # MONAI's crops that could take several give a list
+        return {**item, "seed": draw.seed}
 
 
 class ForgivingDataset(Dataset):

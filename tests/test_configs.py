@@ -285,13 +285,15 @@ def padded_cts(folder):
 def test_the_field_of_view_follows_the_volume_through_every_transform(tmp_path, field_of_view, spacing):
     settings = padded_cts(tmp_path) | {"field_of_view": field_of_view, "spacing": spacing, "img_size": [48, 48, 48]}
     resolve = built(**settings, affine_prob=1.0, ct_noise_prob=0.0, hu_warp_prob=0.0)
-    for item in (resolve("validate::dataset")[0], resolve("train::dataset")[0], resolve("train::dataset")[0]):
+    drawn = [resolve("train::dataset")[0][0] for _ in range(10)]
+    for item in (resolve("validate::dataset")[0], *drawn):
         image, fov = item["image"][0], item["fov"][0].bool()
         truth = image > (-1.7124 if field_of_view == "scanner" else -0.5)  # padding is at the window's lower end
         assert 0.01 < fov.float().mean() < 0.9
         # The volume is resampled smoothly and the mask is not: their borders may differ by a voxel.
         assert (fov != truth).float().mean() < 0.12
         assert (fov & truth).sum() / (fov | truth).sum() > 0.75
+    assert len({item["fov"].sum().item() for item in drawn}) > 5  # different places
 
 
 def test_only_the_input_is_augmented(tmp_path):

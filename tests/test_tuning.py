@@ -107,7 +107,11 @@ def without_field_of_view(config):
         return [without_field_of_view(step) for step in config if not _is_for_the_field_of_view(step)]
     if not isinstance(config, dict):
         return config
-    config = {key: without_field_of_view(value) for key, value in config.items() if key != "allow_missing_keys"}
+    config = {
+        key: without_field_of_view(value)
+        for key, value in config.items()
+        if key != "allow_missing_keys" and not (key == "_disabled_" and "@field_of_view" in value)
+    }
     if isinstance(config.get("keys"), list) and "fov" in config["keys"]:
         config["keys"] = [key for key in config["keys"] if key != "fov"]
         lists = {key: config[key][0] for key in ("mode", "dtype", "padding_mode") if isinstance(config.get(key), list)}
@@ -118,7 +122,7 @@ def without_field_of_view(config):
 
 
 def _is_for_the_field_of_view(step):
-    is_marker = "FieldOfView" in str(step) or "ForegroundMask" in str(step)
+    is_marker = any(name in str(step) for name in ("FieldOfView", "ForegroundMask", "RandWeightedCrop"))
     return isinstance(step, dict) and (is_marker or step.get("keys") == "fov")
 
 
