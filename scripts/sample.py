@@ -17,6 +17,8 @@ import torch
 from monai.transforms import Compose, Rand3DElasticd, RandBiasFieldd, RandRicianNoised
 from tqdm import tqdm
 
+from . import parallel
+
 __all__ = ["simulated_brains"]
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,13 @@ def simulated_brains(folder: str | Path, num_subjects: int = NUM_SUBJECTS, seed:
         for part in ("imagesTr", "labelsTr"):
             (beside / part).mkdir()
         training = []
-        for number in tqdm(range(1, num_subjects + 1), desc="simulating", unit="brain", leave=False, disable=None):
+        for number in tqdm(
+            range(1, num_subjects + 1),
+            desc="simulating",
+            unit="brain",
+            leave=False,
+            disable=not parallel.shows_progress(),
+        ):
             image, label = _subject(brain, grey, white, np.random.default_rng([seed, number]))
             paths = {"image": f"imagesTr/brain_{number:03d}.nii.gz", "label": f"labelsTr/brain_{number:03d}.nii.gz"}
             nib.save(nib.Nifti1Image(image, template.affine), beside / paths["image"])

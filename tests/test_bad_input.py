@@ -1,0 +1,199 @@
+"""Promises of bad input: every row of the table in docs/troubleshooting.md, and headers and bytes changed at random."""
+
+import gzip
+import json
+import re
+import struct
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_volume
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scripts import checkpoints
+from scripts.data import prepare_cases, volume_problem
+
+TABLE = (ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+def write(folder, voxels, affine=None, name="bad.nii.gz"):
+    image = nib.Nifti1Image(np.asarray(voxels), np.eye(4) if affine is None else affine)
+    nib.save(image, folder / name)
+
+
+def ramp(*shape, dtype=np.float32):
+    return np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+
+
+def with_voxel(value):
+    voxels = ramp(8, 8, 8)
+    voxels[1, 2, 3] = value
+    return voxels
+
+
+def truncated(folder):
+    write(folder, ramp(20, 20, 20))
+    path = folder / "bad.nii.gz"
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def wrong_header(folder):
+    write(folder, ramp(8, 8, 8))
+    path = folder / "bad.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[70:72] = struct.pack("<h", 9999)  # the type of the voxels
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def claims_to_be_enormous(folder):
+    write(folder, ramp(8, 8, 8))
+    path = folder / "bad.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[40:56] = struct.pack("<8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def flat_affine(folder):
+    write(folder, ramp(8, 8, 8))
+    path = folder / "bad.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[312:328] = bytes(16)  # the third row of the affine
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def twice(folder):
+    write(folder, ramp(8, 8, 8), name="good_1.nii")
+
+
+def nothing(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def outside(folder):
+    (folder / "dataset.json").write_text(json.dumps({"training": [{"image": "../elsewhere.nii.gz"}]}))
+
+
+def no_datalist(folder):
+    (folder / "dataset.json").write_text(json.dumps({"training": [{"picture": "good_1.nii.gz"}]}))
+
+
+# What the row of the table says first, how to make it, and the modality.
+VOLUMES = {
+    "cut off": (truncated, "mr"),
+    "a header of something else": (wrong_header, "mr"),
+    "a header that claims too much": (claims_to_be_enormous, "mr"),
+    "empty file": (lambda folder: (folder / "bad.nii.gz").write_bytes(b""), "mr"),
+    "NaN or infinite voxels": (lambda folder: write(folder, with_voxel(np.nan)), "mr"),
+    "constant": (lambda folder: write(folder, np.full((8, 8, 8), 7.0)), "mr"),
+    "4D": (lambda folder: write(folder, ramp(8, 8, 8, 3)), "mr"),
+    "no place in space": (flat_affine, "mr"),
+    "a label map": (lambda folder: write(folder, ramp(8, 8, 8).astype(np.uint8) % 3), "mr"),
+    "almost empty": (lambda folder: write(folder, np.where(ramp(8, 8, 8) == 5, 5.5, 0.0)), "mr"),
+    "no Hounsfield units": (lambda folder: write(folder, ramp(8, 8, 8)), "ct"),
+    "nothing but air": (lambda folder: write(folder, -1000 - ramp(8, 8, 8) / 100), "ct"),
+    "two files of one name": (twice, "mr"),
+    "nothing there": (nothing, "mr"),
+    "listed, but not there": (outside, "mr"),
+    "a datalist of another kind": (no_datalist, "mr"),
+}
+
+
+def row_of(name):
+    """Return what the table says of a row: the message, its parts between dots."""
+    (line,) = [line for line in TABLE.splitlines() if line.startswith(f"| {name} |")]
+    message = line.split("|")[2].strip().strip("`")
+    return [part.strip() for part in message.split("…") if part.strip()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "data"
+    for number in (1, 2):
+        write_volume(place / f"good_{number}.nii.gz", seed=number, low=-1000)
+    return place
+
+
+@pytest.mark.parametrize("name", VOLUMES)
+def test_a_bad_volume_is_refused_with_the_message_of_the_table(name, folder):
+    make, modality = VOLUMES[name]
+    make(folder)
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError) as caught:
+        prepare_cases(folder, modality)
+    for part in row_of(name):
+        assert part in str(caught.value), str(caught.value)
+    assert sorted(folder.iterdir()) == before
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def save_code(path):
+    torch.save({"network": Code()}, path)
+
+
+def save_half(path):
+    checkpoints.save({"weight": torch.arange(1000.0)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def save_changed(path):
+    checkpoints.save({"weight": torch.arange(1000.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 255
+    path.write_bytes(content)
+
+
+def save_other(path):
+    torch.save({"weight": torch.zeros(3), "bias": torch.zeros(4)}, path)
+
+
+CHECKPOINTS = {
+    "a checkpoint with code": save_code,
+    "a checkpoint that is cut off": save_half,
+    "a checkpoint with a changed byte": save_changed,
+    "a checkpoint of another network": save_other,
+    "no checkpoint": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_bad_checkpoint_is_refused_with_the_message_of_the_table(name, tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    CHECKPOINTS[name](path)
+    with pytest.raises(ValueError) as caught:
+        checkpoints.load_network(torch.nn.Linear(2, 2), checkpoints.load_state_dict(path), path)
+    for part in row_of(name):
+        assert part in str(caught.value), str(caught.value)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_every_row_of_the_table_is_tested():
+    rows = set(re.findall(r"^\| ([^|`]+?) \| `", TABLE, re.MULTILINE))
+    assert rows == VOLUMES.keys() | CHECKPOINTS.keys()
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(changes=st.lists(st.tuples(st.integers(0, 1200), st.integers(0, 255)), min_size=1, max_size=6),
+       end=st.none() | st.integers(0, 1300))  # fmt: skip
+def test_headers_and_bytes_changed_at_random_give_a_reason_or_a_volume_and_never_an_error(tmp_path, changes, end):
+    write(tmp_path, ramp(6, 6, 6), name="whole.nii")
+    content = bytearray((tmp_path / "whole.nii").read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    path = Path(tmp_path / "changed.nii")
+    path.write_bytes(content[:end])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        problem = volume_problem(path, "mr")
+    assert problem is None or (problem and "\n" not in problem)
