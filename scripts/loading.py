@@ -39,7 +39,7 @@ class Draw(NamedTuple):
 
 
 class DrawSampler(DistributedSampler):
-    """Draw cases for training: full batches, every case equally often, reproducible from seed and epoch.
+    """Draw cases for training: full batches, every case of a dataset equally often, reproducible from seed and epoch.
 
     A :class:`torch.utils.data.DistributedSampler`, so that MONAI's workflow calls ``set_epoch``; the draws of one
     global batch are dealt to the ranks in turn, so that any number of ranks trains on the same global batches.
