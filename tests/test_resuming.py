@@ -192,7 +192,7 @@ def test_a_second_run_is_refused_while_the_first_one_trains(cohort, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["preempted", "killed"])
 def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, tmp_path, number):
-    settings = {"dataset_dir": cohort, "max_epochs": 12, "iterations_per_epoch": 20, "accumulation_steps": 3,
+    settings = {"dataset_dir": cohort, "max_epochs": 4 * KILLS, "iterations_per_epoch": 20, "accumulation_steps": 3,
                 "val_interval": 2, "resume": "true", "precision": "fp32", "figure_interval": 100}  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(output_dir=whole, **settings).returncode == 0
@@ -213,7 +213,7 @@ def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, 
         assert time.monotonic() - sent < 10
         assert process.returncode in ((0,) if number == signal.SIGTERM else (-9, 0)), stderr
         interruptions += 1
-        if torch.load(state, weights_only=True)["epoch"] == 12:
+        if torch.load(state, weights_only=True)["epoch"] == 4 * KILLS:
             break
     resumed = train(output_dir=parts, **settings)
     assert resumed.returncode == 0, resumed.stderr

@@ -37,7 +37,8 @@ def test_training_leaves_what_the_readme_says_from_any_directory(cohort, tmp_pat
     }
     assert len(list((out / "tensorboard").iterdir())) == 1
     assert matplotlib.image.imread(out / "figures" / "epoch_0002.png").std() > 0
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["model.pt", "training_state.pt"]
+    left = {path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")}
+    assert left == {"model.pt", "training_state.pt", "training_state.previous.pt"}
     model = BertsWinMAE(**TINY)
     model.load_state_dict(torch.load(out / "checkpoints" / "model.pt", weights_only=True))
 
@@ -132,12 +133,11 @@ def test_the_sample_is_simulated_once_and_trains(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("device_augments", ["true", "false"])
-def test_the_papers_whole_recipe_trains_and_resumes(tmp_path, device_augments):
+def test_the_papers_whole_recipe_trains_and_resumes(tmp_path):
     for number in range(3):
         write_volume(tmp_path / "data" / f"ct_{number}.nii.gz", seed=number, low=-1000)
     settings = {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out", "modality": "ct", "loss": "tissue+l2",
-                "field_of_view": "scanner", "augment_on_device": device_augments, "accumulation_steps": 2,
+                "field_of_view": "scanner", "augment_on_device": "true", "accumulation_steps": 2,
                 "learning_rate": 1e-3}  # fmt: skip
     configs = ("train.yaml", "train_conductor.yaml", "small.yaml")
     first = train(*configs, **settings, max_epochs=1)
