@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .data import causes
 
 __all__ = [
     "Comparison",
@@ -99,12 +100,11 @@ def named_after(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        link: BaseException | None = error
-        while link is not None and not isinstance(link, OSError):
-            link = link.__cause__ or link.__context__  # a full disk reaches us as torch's RuntimeError
-        if link is None:
+        # A full disk reaches us as torch's RuntimeError.
+        origin = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
+        if origin is None:
             raise
-        raise OSError(link.errno, link.strerror, str(path)) from error
+        raise OSError(origin.errno, origin.strerror, str(path)) from error
 
 
 def previous(path: str | Path) -> Path:

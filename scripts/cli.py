@@ -22,7 +22,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
-from .data import reason
+from .data import causes, reason
 from .engine import NonFiniteLossError
 from .resuming import TRAINING_STATE
 
@@ -35,6 +35,7 @@ TRACKING_KNOBS = {
 # Lists of numbers that may have any length; all others have that of the config's own.
 FREE_LENGTH = {"flip_axes"}
 SECONDS_FOR_THE_FIRST_RANK = 10.0
+# A full disk, or a used-up quota.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -128,37 +129,27 @@ def show_mistakes_kindly() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        link: BaseException | None = error
-        while link is not None and not _is_users(link):
-            link = link.__cause__ or link.__context__
-        full = _full_disk(error)
+        mistake = next((cause for cause in causes(error) if _is_users(cause)), None)
+        full = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in FULL), None)
         if full is not None:
             print(
                 f"error: {full.filename or 'a file of this run'} cannot be written: {full.strerror}. What was there "
                 "before is as it was: make room, and continue with --resume true",
                 file=sys.stderr,
             )
-        elif link is None:
+        elif mistake is None:
             sys.__excepthook__(kind, error, trace)
         else:
             if int(os.environ.get("RANK", 0)) > 0:
                 # All ranks find a user's mistake: the first one says so, and its end is that of the others.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-            print(f"error: {link}", file=sys.stderr)
+            print(f"error: {mistake}", file=sys.stderr)
         if parallel.world_size() > 1:
             # At once, without waiting for ranks that may not answer any more: torchrun then ends the others.
             atexit.register(os._exit, 1)
 
     sys.excepthook = hook
-
-
-def _full_disk(error: BaseException) -> OSError | None:
-    """Find an error of a full disk, or a used-up quota, in what led to this one."""
-    link: BaseException | None = error
-    while link is not None and not (isinstance(link, OSError) and link.errno in FULL):
-        link = link.__cause__ or link.__context__
-    return link
 
 
 def _is_users(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from . import parallel
 
 __all__ = [
     "case_seed",
+    "causes",
     "check_cases",
     "find_cases",
     "list_cases",
@@ -248,6 +249,14 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
 def case_seed(case: str, seed: int) -> int:
     """Derive a seed from a case's name and the run's: for what must be the same for a case every time."""
     return _hash(f"{seed}/{case}") >> 1  # fits a signed 64-bit integer
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Walk from an error back through what led to it, itself first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def reason(error: BaseException) -> str:

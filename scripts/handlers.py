@@ -264,10 +264,7 @@ class RestoreIntensities:
         """Replace the volume in the network's output."""
         volume, target, prediction = (engine.state.output[key] for key in (Keys.IMAGE, Keys.LABEL, Keys.PRED))
         patches = self.loss.restore(prediction["reconstructed_patches"], target)
-        patch_size = round((target.shape[2] / volume.shape[1]) ** (1 / 3))
-        prediction["reconstructed_cube"] = unpatchify(
-            patches, patch_size, [side // patch_size for side in volume.shape[2:]]
-        )
+        prediction["reconstructed_cube"] = _assembled(patches, volume)
 
 
 class ReconstructionFigures:
@@ -379,10 +376,15 @@ class EarlyStopping:
 
 def _voxel_mask(volume: Tensor, mask: Tensor) -> Tensor:
     """Blow a ``(B, N)`` patch mask up to voxels: ``(B, 1, D, H, W)`` bool."""
-    sides = np.array(volume.shape[2:])
-    patch_size = round((sides.prod() / mask.shape[1]) ** (1 / 3))
-    voxels = rearrange(mask.bool(), "b n -> b n 1").expand(-1, -1, patch_size**3)
-    return unpatchify(voxels, patch_size, tuple(sides // patch_size))
+    voxels_per_patch = math.prod(volume.shape[2:]) // mask.shape[1]
+    return _assembled(rearrange(mask.bool(), "b n -> b n 1").expand(-1, -1, voxels_per_patch), volume)
+
+
+def _assembled(patches: Tensor, volume: Tensor) -> Tensor:
+    """Put patches ``(B, N, P³·C)`` together to the sides of a volume ``(B, …, D, H, W)``."""
+    sides = volume.shape[2:]
+    patch_size = round((math.prod(sides) / patches.shape[1]) ** (1 / 3))
+    return unpatchify(patches, patch_size, [side // patch_size for side in sides])
 
 
 def _ssim_map(prediction: Tensor, target: Tensor, data_range: float) -> Tensor:

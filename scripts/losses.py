@@ -64,8 +64,11 @@ class MaskedLoss(nn.Module, ABC):
             hidden = prediction["mae_mask_1d"].float()
             errors = self.patch_errors(prediction["reconstructed_patches"].float(), target.float())
             chosen = {name: hidden * group for name, (_, group) in errors.items()}
-            parts = {name: _mean_over(error, chosen[name]) for name, (error, _) in errors.items()}
             self.last_counts = {name: group.sum().detach() for name, group in chosen.items()}
+            parts = {
+                name: (error * chosen[name]).sum() / self.last_counts[name].clamp(min=1)
+                for name, (error, _) in errors.items()
+            }
             self.last_components = {name: part.detach() for name, part in parts.items()}
             return {name: self.weights[name] * part for name, part in parts.items()}
 
@@ -261,17 +264,17 @@ class SumOfLosses(nn.Module):
     @property
     def last_components(self) -> dict[str, Tensor]:
         """The unweighted components of the last call, detached."""
-        return self._named("last_components")
+        return self._named({loss: module.last_components for loss, module in self.losses.items()})
 
     @property
     def last_counts(self) -> dict[str, Tensor]:
         """Over how many patches each of them was taken."""
-        return self._named("last_counts")
+        return self._named({loss: module.last_counts for loss, module in self.losses.items()})
 
     @property
     def weights(self) -> dict[str, float]:
         """Of the components."""
-        return self._named("weights")
+        return self._named({loss: module.weights for loss, module in self.losses.items()})
 
     def forward(self, prediction: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """See :meth:`MaskedLoss.forward`."""
@@ -282,14 +285,10 @@ class SumOfLosses(nn.Module):
         tasks = {loss: module.tasks(prediction, target) for loss, module in self.losses.items()}
         if self.per == "loss":
             return {loss: torch.stack(list(parts.values())).sum() for loss, parts in tasks.items()}
-        return {self._name(loss, part): value for loss, parts in tasks.items() for part, value in parts.items()}
+        return self._named(tasks)
 
-    def _named(self, attribute: str) -> dict[str, Any]:
-        return {
-            self._name(loss, part): value
-            for loss, module in self.losses.items()
-            for part, value in getattr(module, attribute).items()
-        }
+    def _named(self, by_loss: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {self._name(loss, part): value for loss, parts in by_loss.items() for part, value in parts.items()}
 
     def _name(self, loss: str, part: str) -> str:
         if len(self.losses[loss].weights) == 1:
@@ -361,11 +360,6 @@ def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "com
     if len(names) > 1 and any(getattr(losses[name], "normalise_target", False) for name in names):
         raise ValueError(f"loss {chosen!r}: a normalised target is on another scale than the others', choose it alone")
     return SumOfLosses({name: losses[name] for name in names}, tasks)
-
-
-def _mean_over(per_patch: Tensor, chosen: Tensor) -> Tensor:
-    """Average over the patches where ``chosen`` is 1; 0 where there are none."""
-    return (per_patch * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def _dilate(mask: Tensor, radius: int) -> Tensor:

@@ -115,10 +115,12 @@ class GradientConductor(torch.optim.Optimizer):
             self.norm_averages[name] = (
                 self.norm_decay * self.norm_averages.get(name, 1.0) + (1 - self.norm_decay) * norm
             )
-        cosines = {(a, b): _cosine(tasks[a], tasks[b]) for a, b in itertools.combinations(tasks, 2)}
+        cosines = _pair_cosines(tasks)
         self.statistics = {"norms": norms, "cosines": cosines, "conflicts": [], "winners": []}
-        for _ in range(self.max_iterations):
-            if not self._resolve_worst(tasks):
+        for settled in range(self.max_iterations):
+            if settled:
+                cosines = _pair_cosines(tasks)
+            if not self._resolve_worst(tasks, cosines):
                 break
         merged = torch.stack(list(tasks.values())).sum(dim=0)
         self.previous = tasks
@@ -189,14 +191,12 @@ class GradientConductor(torch.optim.Optimizer):
         ]
         return torch.cat([part.flatten() for part in parts])
 
-    def _resolve_worst(self, tasks: dict[str, Tensor]) -> bool:
+    def _resolve_worst(self, tasks: dict[str, Tensor], cosines: Mapping[tuple[str, str], float]) -> bool:
         """Settle the conflict of the pair that disagrees most; False when no pair is in conflict."""
-        pairs = list(itertools.combinations(tasks, 2))
-        if not pairs:
+        if not cosines:
             return False
-        cosine, first, second = min(
-            ((_cosine(tasks[a], tasks[b]), a, b) for a, b in pairs), key=lambda candidate: candidate[0]
-        )
+        first, second = min(cosines, key=cosines.__getitem__)
+        cosine = cosines[first, second]
         if cosine >= self.weak:
             return False
         winner, loser = self._arbitrate(tasks, first, second)
@@ -245,6 +245,10 @@ class GradientConductor(torch.optim.Optimizer):
         norm, size = parameter.float().norm(), update.norm()
         usable = (norm > SMALL) & (size > SMALL)
         return torch.where(usable, (norm / size.clamp(min=SMALL)).clamp(max=self.trust_clip), torch.ones_like(norm))
+
+
+def _pair_cosines(tasks: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
+    return {(a, b): _cosine(tasks[a], tasks[b]) for a, b in itertools.combinations(tasks, 2)}
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

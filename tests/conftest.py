@@ -119,6 +119,11 @@ def cohort(tmp_path_factory) -> Path:
     return folder
 
 
+def records(folder: Path) -> list[dict]:
+    """Read the metrics.jsonl that a run left."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
     """Run `python -m monai.bundle …` as a user would, in a process of its own."""
     process = start_bundle(*arguments, cwd=cwd, **knobs)

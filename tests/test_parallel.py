@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS, tiny, train, write_volume
+from conftest import ROOT, TINY_KNOBS, records, tiny, train, write_volume
 
 from scripts import parallel
 
@@ -43,10 +43,6 @@ def train_ranks(*configs, **knobs):
     process = start_ranks(*configs, **knobs)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder):

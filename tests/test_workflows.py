@@ -1,6 +1,5 @@
 """Promises of whole runs, started as a user starts them."""
 
-import json
 import time
 
 import matplotlib.image
@@ -8,16 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, start_training, train, write_volume
+from conftest import TINY, records, start_training, train, write_volume
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import BertsWinMAE
 
 pytestmark = pytest.mark.slow
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_time(folder):
