@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from einops import rearrange
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
-from monai.networks.nets.swin_unetr import BasicLayer
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
+
+from .swin import SwinLayer
 
 __all__ = ["BertsWinEncoder", "PatchStem", "initialise_weights", "sincos_positions"]
 
@@ -105,6 +107,8 @@ class PatchStem(nn.Module):
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As :meth:`forward`, and the output of every stage, finest first, for dense decoders."""
         skips = []
+        # Channels last in memory: convolutions are fastest in this layout, and the blocks want the tokens in it.
+        volume = volume.contiguous(memory_format=torch.channels_last_3d)
         for stage in self.stages:
             volume = stage(volume)
             skips.append(volume)
@@ -114,8 +118,7 @@ class PatchStem(nn.Module):
 class BertsWinEncoder(nn.Module):
     """BertsWin as a plain feature extractor: one volume in, one feature map out.
 
-    Stem, fixed positions and Swin blocks with no down-sampling between them (MONAI's
-    :class:`monai.networks.nets.swin_unetr.BasicLayer`). The argument names are those of
+    Stem, fixed positions and Swin blocks with no down-sampling between them. The argument names are those of
     :class:`~bertswin_mae.bertswin_mae.BertsWinMAE`, whose ``encoder`` this is.
 
     Args:
@@ -162,18 +165,9 @@ class BertsWinEncoder(nn.Module):
         self.grid_size = tuple(side // patch_size for side in self.img_size)
         # Fixed by formula: a checkpoint holds learned parameters only, and so loads at another img_size too.
         self.register_buffer("positions", sincos_positions(self.grid_size, encoder_embed_dim), persistent=False)
-        self.swin = BasicLayer(
-            encoder_embed_dim,
-            depth,
-            num_heads,
-            window_size,
-            drop_path=0.0,
-            qkv_bias=True,
-            use_checkpoint=activation_checkpointing,
+        self.swin = SwinLayer(
+            encoder_embed_dim, depth, num_heads, window_size, self.grid_size, activation_checkpointing
         )
-        for block in self.swin.blocks:
-            index = block.attn.relative_position_index
-            block.attn.register_buffer("relative_position_index", index, persistent=False)
         self.apply(initialise_weights)
 
     @property

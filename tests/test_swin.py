@@ -1,0 +1,114 @@
+"""Promises of the fast Swin blocks: MONAI's numbers, forward and back."""
+
+import pytest
+import torch
+from conftest import noise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.networks.nets.swin_unetr import BasicLayer
+
+from scripts import swin
+from scripts.swin import SwinLayer
+
+CASES = {
+    "shifted": ((2, 2, 2), (4, 4, 4)),
+    "padded": ((3, 2, 2), (4, 5, 3)),
+    "one window along an axis": ((4, 2, 3), (4, 4, 6)),
+    "one window": ((2, 3, 2), (2, 3, 2)),
+    "windows of one token": ((1, 1, 2), (3, 2, 4)),
+    "many windows": ((2, 2, 2), (8, 6, 7)),
+}
+
+
+def both(window_size, grid_size, **settings):
+    """A SwinLayer, and MONAI's layer with the same weights, biases large enough to matter."""
+    torch.manual_seed(0)
+    fast = SwinLayer(24, 3, 2, window_size, grid_size, **settings)
+    for name, parameter in fast.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter)
+    plain = BasicLayer(24, 3, 2, window_size, drop_path=0.0, qkv_bias=True)
+    for block in plain.blocks:
+        block.attn.register_buffer("relative_position_index", block.attn.relative_position_index, persistent=False)
+    plain.load_state_dict(fast.state_dict())  # strict: the same names and shapes
+    return fast, plain
+
+
+def outcome(layer, tokens, precision=torch.float32):
+    """Features, and the gradients of the tokens and of every parameter."""
+    tokens = tokens.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        features = layer(tokens)
+    weights = noise(*features.shape, seed=1)
+    gradients = torch.autograd.grad((features.float() * weights).sum(), (tokens, *layer.parameters()))
+    names = ["tokens", *(name for name, _ in layer.named_parameters())]
+    return {"features": features.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def assert_same(outcome, expected, tolerance):
+    """Bound the relative error of each tensor, as a whole."""
+    for name, tensor in expected.items():
+        error = (outcome[name].float() - tensor).norm() / tensor.norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_and_gradients_are_those_of_monai(case, checkpointing):
+    fast, plain = both(*CASES[case], activation_checkpointing=checkpointing)
+    tokens = noise(2, 24, *CASES[case][1])
+    assert_same(outcome(fast, tokens), outcome(plain, tokens), 1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_stays_within_a_hundredth_of_float32(case):
+    fast, plain = both(*CASES[case])
+    tokens = noise(2, 24, *CASES[case][1])
+    exact = outcome(plain, tokens)
+    rounded = {name: tensor.float() for name, tensor in outcome(fast, tokens, torch.bfloat16).items()}
+    for results in (exact, rounded):  # the gradient counts as a whole: some parts of it are small and noisy by nature
+        features = results.pop("features")
+        whole = torch.cat([gradient.flatten() for gradient in results.values()])
+        results.clear()
+        results |= {"features": features, "gradient": whole}
+    assert_same(rounded, exact, 1e-2)
+
+
+def test_the_fused_kernels_of_other_devices_give_the_same(monkeypatch):
+    fast, plain = both((2, 2, 2), (4, 3, 4))
+    tokens = noise(2, 24, 4, 3, 4)
+    monkeypatch.setattr(swin._TrainedOnCPU, "apply", swin.fused_attention)
+    assert_same(outcome(fast, tokens), outcome(plain, tokens), 1e-5)
+
+
+def test_the_gradient_does_not_depend_on_how_many_windows_are_worked_on_at_a_time(monkeypatch):
+    fast, _ = both((2, 2, 2), (4, 4, 4))
+    tokens = noise(3, 24, 4, 4, 4)
+    together = outcome(fast, tokens)
+    monkeypatch.setattr(swin, "LOGITS_AT_ONCE", 1)
+    assert_same(outcome(fast, tokens), together, 1e-6)
+
+
+def test_no_attention_matrix_is_kept_for_the_way_back():
+    fast, plain = both((4, 4, 4), (8, 8, 8))
+    kept = []
+    for layer in (fast, plain):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.setdefault(t.data_ptr(), t), lambda t: t):
+            layer(noise(1, 24, 8, 8, 8).requires_grad_())
+        kept.append(max(tensor.numel() for tensor in saved.values()))
+    logits = 8 * 2 * 64 * 64  # windows, heads, tokens of a window squared
+    assert kept[0] < logits <= kept[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 5)), min_size=3, max_size=3))
+def test_any_window_in_any_grid_is_laid_out_like_monais(axes):
+    window_size = tuple(window for window, _ in axes)
+    grid_size = tuple(window + more for window, more in axes)
+    fast, plain = both(window_size, grid_size)
+    tokens = noise(1, 24, *grid_size)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
