@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from monai.networks.nets.swin_unetr import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -17,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["SwinBlock", "SwinLayer"]
 
-# Logits that the backward pass on the CPU holds at a time: few enough to stay near the cores.
-LOGITS_AT_ONCE = 2**22
+# Logits worked on at a time: few enough to stay near the cores of a CPU, and to fit a GPU beside the rest.
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
 
 class SwinLayer(nn.Module):
@@ -89,10 +88,11 @@ class SwinBlock(SwinTransformerBlock):
         self.grid_size = tuple(grid_size)
         overhang = [-side % window for side, window in zip(grid_size, window_size, strict=True)]
         self.padding = [0, 0, 0, overhang[2], 0, overhang[1], 0, overhang[0]]  # F.pad: last axis first
-        order, regions, self.group_sizes = lay_out_windows(
+        self.is_shifted = any(shift_size)
+        order, regions = lay_out_windows(
             [side + extra for side, extra in zip(grid_size, overhang, strict=True)], window_size, shift_size
         )
-        buffers = {"order": order, "inverse_order": order.argsort(), "regions": regions}
+        buffers = {"order": order.flatten(), "inverse_order": order.flatten().argsort(), "regions": regions}
         for name, buffer in buffers.items():  # fixed by the shapes: not part of a checkpoint
             self.register_buffer(name, buffer, persistent=False)
         self.attn.register_buffer("relative_position_index", self.attn.relative_position_index, persistent=False)
@@ -116,11 +116,9 @@ class SwinBlock(SwinTransformerBlock):
         qkv = reorder(self.attn.qkv(tokens), self.order, self.inverse_order)
         table, index = self.attn.relative_position_bias_table, self.attn.relative_position_index
         bias = table.t().index_select(1, index.flatten()).unflatten(1, index.shape)  # (heads, n, n)
-        groups = [
-            window_attention(group, bias if len(self.group_sizes) == 1 else bias + apart(region), self.num_heads)
-            for group, region in zip(qkv.split(self.group_sizes, dim=1), self.regions, strict=True)
-        ]
-        attended = reorder(torch.cat(groups, dim=1), self.inverse_order, self.order)
+        windows = qkv.unflatten(1, self.regions.shape)
+        attended = window_attention(windows, bias, self.regions if self.is_shifted else None, self.num_heads)
+        attended = reorder(attended.flatten(1, 2), self.inverse_order, self.order)
         if any(self.padding):
             d, h, w = self.grid_size
             attended = attended.unflatten(1, padded_size)[:, :d, :h, :w].flatten(1, 3)
@@ -129,11 +127,10 @@ class SwinBlock(SwinTransformerBlock):
 
 def lay_out_windows(
     grid_size: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int]
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Order the tokens of a grid by window, and the windows by how the grid's edge runs through them.
+) -> tuple[Tensor, Tensor]:
+    """Divide a grid of tokens into windows.
 
-    Windows shifted beyond the far end of an axis hold tokens of both its ends, which must not see each other. All
-    windows that are cut alike form a group and share one mask: one group without a shift, at most eight with.
+    Windows shifted beyond the far end of an axis hold tokens of both its ends, which must not see each other.
 
     Args:
         grid_size: tokens along D, H, W; multiples of the window.
@@ -141,100 +138,105 @@ def lay_out_windows(
         shift_size: D, H, W.
 
     Returns:
-        ``order`` ``(N,)``, the grid's tokens group by group and window by window; ``regions`` ``(groups, n)``, for the
-        n tokens of a window the part of the grid each comes from; and the tokens of each group.
+        ``(windows, n)``, the numbers of the tokens in each window; and for each of them, which part of the grid it
+        belongs to, of those that a shift puts side by side.
     """
-    numbers = torch.arange(grid_size[0] * grid_size[1] * grid_size[2]).reshape(tuple(grid_size))
-    numbers = numbers.roll([-shift for shift in shift_size], dims=(0, 1, 2))
-    # Per axis: the stretch of windows that are whole, then the last one, which is cut where there is a shift.
-    stretches = [
-        [slice(0, side - window), slice(side - window, side)] if shift else [slice(0, side)]
-        for side, window, shift in zip(grid_size, window_size, shift_size, strict=True)
-    ]
-    order, regions = [], []
+    grid = torch.arange(grid_size[0] * grid_size[1] * grid_size[2]).reshape(tuple(grid_size))
+    # The near end of each axis, as thick as the shift, goes round to the far end.
+    d, h, w = (torch.arange(side) >= side - shift for side, shift in zip(grid_size, shift_size, strict=True))
+    regions = 4 * d[:, None, None] + 2 * h[:, None] + w.int()
+    grid = grid.roll([-shift for shift in shift_size], dims=(0, 1, 2))
     p, q, r = window_size
-    for cut in product(*stretches):
-        group = numbers[cut]
-        if not group.numel():
-            continue
-        order.append(rearrange(group, "(d p) (h q) (w r) -> (d h w p q r)", p=p, q=q, r=r))
-        wrapped = [
-            (torch.arange(window) >= window - shift) & (shift > 0) & (stretch.stop == side)
-            for stretch, side, window, shift in zip(cut, grid_size, window_size, shift_size, strict=True)
-        ]
-        d, h, w = (part.long() for part in wrapped)
-        regions.append((4 * d[:, None, None] + 2 * h[:, None] + w).flatten())
-    return torch.cat(order), torch.stack(regions), [len(group) for group in order]
+    into_windows = "(d p) (h q) (w r) -> (d h w) (p q r)"
+    return rearrange(grid, into_windows, p=p, q=q, r=r), rearrange(regions, into_windows, p=p, q=q, r=r)
 
 
-def apart(region: Tensor) -> Tensor:
-    """Mask ``(n, n)`` to add to the logits, from the part of the grid ``(n,)`` that each token comes from."""
-    # Minus infinity, where MONAI has -100: its exponential is denormal, which costs a hundred times a zero.
-    return torch.zeros(len(region), len(region), device=region.device).masked_fill(region[:, None] != region, -inf)
-
-
-def window_attention(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+def window_attention(qkv: Tensor, bias: Tensor, regions: Tensor | None, num_heads: int) -> Tensor:
     """Attention within windows, with a bias that all windows share.
 
     Args:
-        qkv: ``(B, windows · n, 3C)``, queries, keys and values of the tokens, window by window.
+        qkv: ``(B, windows, n, 3C)``, queries, keys and values of the tokens.
         bias: ``(heads, n, n)``, added to the logits.
+        regions: ``(windows, n)``, the part of the grid that each token belongs to; tokens see those of their own alone.
+            None: of one part, all of them.
         num_heads: heads; divides C.
 
     Returns:
-        ``(B, windows · n, C)``.
+        ``(B, windows, n, C)``.
     """
-    windows = rearrange(qkv, "b (w n) c -> (b w) n c", n=bias.shape[-1])
     attend = _TrainedOnCPU.apply if _is_trained(bias) and qkv.device.type == "cpu" else fused_attention
-    return rearrange(attend(windows, bias, num_heads), "(b w) n c -> b (w n) c", b=qkv.shape[0])
+    return attend(qkv, bias, regions, num_heads)
 
 
-def fused_attention(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-    """As :func:`window_attention`, on ``(windows, n, 3C)``, by PyTorch's fused kernels."""
-    query, key, value = split_heads(qkv, num_heads)
-    return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(qkv.dtype)[None]))
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    """Take ``(windows, n, 3C)`` apart into queries, keys and values, each ``(windows, heads, n, C/heads)``."""
-    return rearrange(qkv, "w n (qkv heads c) -> qkv w heads n c", qkv=3, heads=num_heads)
-
-
-def join_heads(attended: Tensor) -> Tensor:
-    """Bring ``(windows, heads, n, C/heads)`` back to ``(windows, n, C)``."""
-    return rearrange(attended, "w heads n c -> w n (heads c)")
+def fused_attention(qkv: Tensor, bias: Tensor, regions: Tensor | None, num_heads: int) -> Tensor:
+    """As :func:`window_attention`, by PyTorch's fused kernels."""
+    bias = bias.to(qkv.dtype)
+    parts = [
+        join_heads(F.scaled_dot_product_attention(*split_heads(part, num_heads), attn_mask=added), len(qkv))
+        for part, added in some_at_a_time(qkv, bias, regions)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 class _TrainedOnCPU(torch.autograd.Function):
     """Attention with a trained bias on the CPU, where PyTorch's fused kernels have no gradient for the bias.
 
-    Keeps queries, keys and values alone and computes the probabilities again on the way back, some windows at a time.
+    Keeps queries, keys and values alone, and computes the attention again on the way back, some windows at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-        ctx.save_for_backward(qkv, bias)
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, regions: Tensor | None, num_heads: int) -> Tensor:
+        ctx.save_for_backward(qkv, bias, regions)
         ctx.num_heads = num_heads
-        return fused_attention(qkv, bias, num_heads)
+        return fused_attention(qkv, bias, regions, num_heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, attended_grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        qkv, bias = ctx.saved_tensors
+    def backward(ctx: Any, attended_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        qkv, bias, regions = ctx.saved_tensors
         qkv_grads, bias_grad = [], torch.zeros_like(bias)
-        at_once = max(1, LOGITS_AT_ONCE // bias.numel())
         with torch.enable_grad():
             bias = bias.to(qkv.dtype).requires_grad_()
-            for windows, grad in zip(qkv.split(at_once), attended_grad.split(at_once), strict=True):
-                windows = windows.detach().requires_grad_()
-                query, key, value = split_heads(windows, ctx.num_heads)
-                logits = (query * query.shape[-1] ** -0.5) @ key.mT + bias
-                attended = join_heads(logits.softmax(-1) @ value)
-                windows_grad, added = torch.autograd.grad(attended, (windows, bias), grad)
-                qkv_grads.append(windows_grad)
-                bias_grad += added
-        qkv_grad = torch.cat(qkv_grads)
-        return qkv_grad, bias_grad, None
+            done = 0
+            for part, added in some_at_a_time(qkv.detach(), bias, regions):
+                part.requires_grad_()
+                query, key, value = split_heads(part, ctx.num_heads)
+                logits = (query * query.shape[-1] ** -0.5) @ key.mT + added
+                attended = join_heads(logits.softmax(-1) @ value, len(qkv))
+                grad = attended_grad[:, done : done + part.shape[1]]
+                part_grad, added_grad = torch.autograd.grad(attended, (part, bias), grad)
+                qkv_grads.append(part_grad)
+                bias_grad += added_grad
+                done += part.shape[1]
+        return torch.cat(qkv_grads, dim=1), bias_grad, None, None
+
+
+def some_at_a_time(qkv: Tensor, bias: Tensor, regions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take some windows at a time, and what to add to their logits.
+
+    Yields:
+        ``(B, some, n, 3C)``; and ``(B · some, heads, n, n)``, or one for all windows.
+    """
+    at_once = max(1, LOGITS_AT_ONCE.get(qkv.device.type, LOGITS_AT_ONCE["cuda"]) // (len(qkv) * bias.numel()))
+    parts = qkv.split(at_once, dim=1)
+    if regions is None:
+        yield from ((part, bias[None]) for part in parts)
+        return
+    for part, region in zip(parts, regions.split(at_once), strict=True):
+        # Minus infinity, where MONAI has -100: its exponential is denormal, which costs a hundred times a zero.
+        apart = torch.zeros((), dtype=bias.dtype, device=bias.device)
+        apart = apart.where(region[:, :, None] == region[:, None], -inf)
+        yield part, repeat(bias + apart[:, None], "some heads n m -> (b some) heads n m", b=len(qkv))
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """Take ``(B, windows, n, 3C)`` apart: queries, keys and values, each ``(B · windows, heads, n, C/heads)``."""
+    return rearrange(qkv, "b w n (qkv heads c) -> qkv (b w) heads n c", qkv=3, heads=num_heads)
+
+
+def join_heads(attended: Tensor, batch_size: int) -> Tensor:
+    """Bring ``(B · windows, heads, n, C/heads)`` back to ``(B, windows, n, C)``."""
+    return rearrange(attended, "(b w) heads n c -> b w n (heads c)", b=batch_size)
 
 
 def reorder(tokens: Tensor, order: Tensor, inverse_order: Tensor) -> Tensor:

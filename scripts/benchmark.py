@@ -1,0 +1,482 @@
+"""Measure time and memory beside MONAI's ViT-MAE and beside the same network in plain eager PyTorch.
+
+    python -m scripts.benchmark networks --network base --img_sizes "[112,224]" --batch_sizes "[1]" --output_dir OUT
+    python -m scripts.benchmark data --dataset_dir DIR --output_dir OUT
+
+The contestants take turns, round after round, so that a noisy machine is as unkind to one as to the other. Both
+commands print a table and leave it in `output_dir`, with the figures as JSON and plots.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import fire
+import matplotlib as mpl
+import torch
+from ignite.handlers import BasicTimeProfiler
+from monai.bundle import ConfigWorkflow
+from monai.networks.nets import MaskedAutoEncoderViT
+from monai.networks.nets.swin_unetr import BasicLayer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from .bertswin_mae import BertsWinMAE
+from .engine import autocast_dtype
+from .losses import MaskedL2Loss
+from .masking import patchify
+from .parallel import shows_progress
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+__all__ = ["Contestant", "data", "networks", "plain_form"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NETWORKS = {
+    "base": {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "window": 7, "decoder_width": 512},
+    "small": {"patch_size": 8, "width": 192, "depth": 6, "heads": 6, "window": 3, "decoder_width": 256},
+    "tiny": {"patch_size": 8, "width": 48, "depth": 2, "heads": 4, "window": 2, "decoder_width": 32},
+}
+TASKS = STEP, PATCH_FEATURES, FEATURES = "training step", "features, patches", "features, volume"
+TITLES = {"bertswin": "BertsWin", "plain": "plain eager BertsWin", "vit_mae": "MONAI ViT-MAE"}
+MATRIX_SIDE = 4096  # of the products that the machine's rate is measured with
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A network in one form and precision.
+
+    Args:
+        form: ``bertswin``, ``plain`` (see :func:`plain_form`) or ``vit_mae``.
+        precision: as for :func:`~bertswin_mae.engine.autocast_dtype`.
+        checkpointing: with activation checkpointing.
+    """
+
+    form: str
+    precision: str
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        """Name it in tables and plots."""
+        return f"{TITLES[self.form]}, {self.precision}{', checkpointing' if self.checkpointing else ''}"
+
+    def build(self, network: str, img_size: int) -> nn.Module:
+        """Build it for volumes of img_size³ voxels."""
+        torch.manual_seed(0)
+        size = NETWORKS[network]
+        if self.form == "vit_mae":
+            model = MaskedAutoEncoderViT(
+                1,
+                img_size,
+                size["patch_size"],
+                size["width"],
+                4 * size["width"],
+                size["depth"],
+                size["heads"],
+                decoder_hidden_size=size["width"] // 2,
+                decoder_mlp_dim=2 * size["width"],
+                decoder_num_heads=size["heads"],
+                qkv_bias=True,
+            )
+            # It puts tokens into a float32 tensor, which fails under autocast without this.
+            model.decoder_embed.register_forward_hook(lambda module, inputs, output: output.float())
+            return model
+        model = BertsWinMAE(
+            img_size,
+            size["patch_size"],
+            1,
+            size["width"],
+            [size["depth"]],
+            [size["heads"]],
+            size["window"],
+            size["decoder_width"],
+            activation_checkpointing=self.checkpointing,
+        )
+        return plain_form(model) if self.form == "plain" else model
+
+    def tasks(self, network: str, model: nn.Module, volume: Tensor) -> dict[str, Callable[[], Any]]:
+        """Give the tasks it can do on a batch ``(B, 1, D, H, W)``."""
+        device = volume.device.type
+        dtype = autocast_dtype(self.precision, device)
+        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+        target = patchify(volume, NETWORKS[network]["patch_size"])
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            with autocast:
+                loss = self._loss(model, volume, target)
+            loss.backward()
+
+        def extract(encode: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+            return torch.no_grad()(autocast(lambda: encode(volume)))
+
+        if self.form == "vit_mae":
+            return {
+                STEP: step,
+                PATCH_FEATURES: extract(lambda volume: model.blocks(model.patch_embedding(volume))),
+            }
+        if self.checkpointing:  # which is for training
+            return {STEP: step}
+        return {STEP: step, PATCH_FEATURES: extract(model.extract_features), FEATURES: extract(model.encoder)}
+
+    def _loss(self, model: nn.Module, volume: Tensor, target: Tensor) -> Tensor:
+        if self.form != "vit_mae":
+            return MaskedL2Loss()(model(volume), target)
+        patches, masked = model(volume)
+        error = (patches.float() - target).square().mean(dim=-1)
+        return (error * masked).sum() / masked.sum()
+
+
+class _PlainStem(nn.Sequential):
+    """The stem's layers one after the other, in whatever layout the volume comes."""
+
+
+def plain_form(model: BertsWinMAE) -> BertsWinMAE:
+    """Copy a network, its stem and blocks replaced by the same arithmetic in plain eager PyTorch.
+
+    This is how the authors' implementation computes: MONAI's Swin layer, which keeps the attention matrices for the way
+    back, and convolutions with the channels first.
+
+    Args:
+        model: left as it is.
+
+    Returns:
+        A network with the same weights.
+    """
+    plain = copy.deepcopy(model)
+    encoder, swin = plain.encoder, plain.encoder.swin
+    block = swin.blocks[0]
+    layer = BasicLayer(
+        encoder.embed_dim, len(swin.blocks), block.num_heads, tuple(block.window_size), drop_path=0.0, qkv_bias=True
+    )
+    weights = swin.state_dict()
+    weights |= {name: value for name, value in layer.state_dict().items() if name.endswith("relative_position_index")}
+    layer.load_state_dict(weights)
+    encoder.swin, encoder.stem = layer, _PlainStem(*encoder.stem.stages, encoder.stem.proj)
+    return plain
+
+
+def networks(
+    network: str = "base",
+    img_sizes: Sequence[int] | int = (112, 224),
+    batch_sizes: Sequence[int] | int = (1,),
+    precision: str = "auto",
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    repeats: int = 5,
+    output_dir: str = "runs/benchmark",
+) -> None:
+    """Measure a training step, both ways of feature extraction and peak memory of all contestants.
+
+    A training step is forward, masked squared error and backward: the optimiser's update is the same for all.
+
+    Args:
+        network: ``base``, ``small`` or ``tiny``.
+        img_sizes: sides of the volumes, in voxels.
+        batch_sizes: volumes at a time.
+        precision: what to compare float32 with: ``bf16``, ``fp16``, ``fp32`` (nothing else), or ``auto``.
+        device: ``cpu`` or ``cuda``.
+        repeats: rounds, after one that is not counted.
+        output_dir: for ``networks.json``, ``networks.md`` and the plots.
+
+    Raises:
+        ValueError: for a network or a size that is not there.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} must be one of {tuple(NETWORKS)}")
+    low = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[autocast_dtype(precision, device)]
+    precisions = ["fp32"] if low == "fp32" else ["fp32", low]
+    contestants = [Contestant(form, p) for form, p in product(TITLES, precisions)]
+    contestants.insert(len(precisions), Contestant("bertswin", low, checkpointing=True))
+    rows = []
+    for img_size, batch_size in product(_sequence(img_sizes), _sequence(batch_sizes)):
+        rows += _measure(network, img_size, batch_size, contestants, torch.device(device), repeats)
+    report = {"machine": _machine(device), "network": network, "repeats": repeats, "rows": rows}
+    folder = _write("networks", report, table := _networks_table(rows), output_dir)
+    _plot_ratios(rows, folder / "ratios.png")
+    _plot_scaling(rows, folder / "scaling.png")
+    print(f"{table}\n\nwrote {folder}")
+
+
+def data(
+    dataset_dir: str,
+    config_file: Sequence[str] = (str(ROOT / "configs/train.yaml"), str(ROOT / "configs/small.yaml")),
+    epochs: int = 2,
+    output_dir: str = "runs/benchmark",
+    **knobs: Any,
+) -> None:
+    """Measure how long training waits for data, with the cache and without, and where preparation spends its time.
+
+    Args:
+        dataset_dir: as for training.
+        config_file: what would be trained.
+        epochs: to train for, after one that is not counted.
+        output_dir: for ``data.json`` and ``data.md``.
+        knobs: of the config, over its own.
+    """
+    report: dict[str, Any] = {"machine": _machine("cpu"), "config_file": list(config_file), "rows": []}
+    for cache in ("memory", "none"):
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = {"dataset_dir": dataset_dir, "cache": cache, "output_dir": folder} | knobs
+            overrides |= {"val_interval": epochs + 2, "max_epochs": epochs + 1}
+            workflow = ConfigWorkflow(config_file=list(config_file), workflow_type="train", **overrides)
+            workflow.initialize()
+            trainer = workflow.parser.get_parsed_content("train::trainer")
+            profiler = BasicTimeProfiler()
+            profiler.attach(trainer)
+            workflow.run()
+            kept = slice(trainer.state.epoch_length, None)
+            waited, stepped = (times[kept] for times in (profiler.dataflow_times, profiler.processing_times))
+            batch_size = workflow.parser.get_parsed_content("batch_size")
+            report["rows"].append(
+                {
+                    "cache": cache,
+                    "wait_seconds": waited.mean().item(),
+                    "step_seconds": stepped.mean().item(),
+                    "waiting_share": (waited.sum() / (waited.sum() + stepped.sum())).item(),
+                    "volumes_per_second": batch_size / (waited + stepped).mean().item(),
+                }
+            )
+    report["preparation"] = _time_transforms(workflow)
+    lines = [
+        "| cache | waiting for data | step | share of waiting | volumes/s |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['cache']} | {1000 * row['wait_seconds']:.1f} ms | {1000 * row['step_seconds']:.0f} ms "
+            f"| {row['waiting_share']:.1%} | {row['volumes_per_second']:.1f} |"
+            for row in report["rows"]
+        ),
+        "",
+        f"Preparing a volume takes {1000 * sum(report['preparation'].values()):.1f} ms in one process, of which:",
+        "",
+        "| transform | ms |",
+        "|---|---|",
+        *(f"| {name} | {1000 * seconds:.2f} |" for name, seconds in report["preparation"].items()),
+    ]
+    folder = _write("data", report, table := "\n".join(lines), output_dir)
+    print(f"{table}\n\nwrote {folder}")
+
+
+def _measure(
+    network: str, img_size: int, batch_size: int, contestants: Sequence[Contestant], device: torch.device, repeats: int
+) -> list[dict[str, Any]]:
+    """Time all contestants on one size of batch, taking turns; a row each and task."""
+    volume = torch.rand(batch_size, 1, *[img_size] * 3, generator=torch.Generator().manual_seed(0)).to(device)
+    models = {c: c.build(network, img_size).to(device) for c in contestants}
+    tasks = {c: c.tasks(network, model, volume) for c, model in models.items()}
+    flops = {}
+    for form in TITLES:
+        counted = Contestant("plain" if form == "bertswin" else form, "fp32")  # the same arithmetic
+        for name, task in tasks[counted].items():
+            with FlopCounterMode(display=False) as counter:
+                task()
+            flops[form, name] = counter.get_total_flops()
+    seconds: dict[tuple[Contestant, str], list[float]] = {(c, name): [] for c in contestants for name in tasks[c]}
+    rates: dict[str, list[float]] = {c.precision: [] for c in contestants}
+    rounds = tqdm(
+        range(repeats + 1), desc=f"{img_size}³, batch {batch_size}", leave=False, disable=not shows_progress()
+    )
+    for number in rounds:
+        for precision, measured in rates.items():
+            measured.append(_matrix_rate(autocast_dtype(precision, device) or torch.float32, device))
+        for (contestant, name), measured in seconds.items():
+            elapsed = _timed(tasks[contestant][name], device)
+            if number:  # the first round warms up
+                measured.append(elapsed)
+    del models, tasks
+    reference = Contestant("plain", "fp32")  # which can do all tasks
+    rows = []
+    for (contestant, name), measured in seconds.items():
+        against = seconds[reference, name]
+        rate, arithmetic = statistics.median(rates[contestant.precision]), flops[contestant.form, name]
+        rows.append(
+            {
+                "contestant": str(contestant),
+                **asdict(contestant),
+                "task": name,
+                "img_size": img_size,
+                "batch_size": batch_size,
+                "parameters": sum(p.numel() for p in contestant.build(network, img_size).parameters()),
+                "flops": arithmetic,
+                "seconds": statistics.median(measured),
+                "fastest": min(measured),
+                "slowest": max(measured),
+                "of_plain_fp32": statistics.median(a / b for a, b in zip(measured, against, strict=True)),
+                "matrix_flops_per_second": rate,
+                "of_matrix_rate": arithmetic / statistics.median(measured) / rate,
+                "peak_bytes": _peak_memory(contestant, network, img_size, batch_size, name, device.type),
+            }
+        )
+    peaks = {row["task"]: row["peak_bytes"] for row in rows if row["contestant"] == str(reference)}
+    for row in rows:
+        row["memory_of_plain_fp32"] = row["peak_bytes"] and row["peak_bytes"] / peaks[row["task"]]
+    return rows
+
+
+def _timed(task: Callable[[], Any], device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    task()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second in the product of two large matrices, the best of three."""
+    matrix = torch.ones(MATRIX_SIDE, MATRIX_SIDE, dtype=dtype, device=device)
+    return 2 * MATRIX_SIDE**3 / min(_timed(lambda: matrix @ matrix, device) for _ in range(3))
+
+
+def _peak_memory(
+    contestant: Contestant, network: str, img_size: int, batch_size: int, task: str, device: str
+) -> int | None:
+    """Measure in a process of its own; in bytes, over what the process held before it built the network."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (contestant, network, img_size, batch_size, task, device))
+
+
+def _peak_memory_here(
+    contestant: Contestant, network: str, img_size: int, batch_size: int, task: str, device: str
+) -> int | None:
+    before = _resident("VmRSS") if device == "cpu" else 0
+    volume = torch.rand(batch_size, 1, *[img_size] * 3).to(device)
+    run = contestant.tasks(network, contestant.build(network, img_size).to(device), volume)[task]
+    run()
+    run()  # the second time with the gradients of the first still there, as in training
+    peak = _resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(device)
+    return None if peak is None else peak - before
+
+
+def _resident(field: str) -> int | None:
+    """Memory of this process as Linux counts it, in bytes; None elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _time_transforms(workflow: ConfigWorkflow, volumes: int = 16) -> dict[str, float]:
+    """Seconds each transform takes on a volume, the mean of several."""
+    pipeline = workflow.parser.get_parsed_content("train::preprocessing")
+    cases = workflow.parser.get_parsed_content("cases")["training"][:volumes]
+    seconds: dict[str, float] = {}
+    for case in cases:
+        item: Any = dict(case)
+        for transform in pipeline.transforms:
+            start = time.perf_counter()
+            item = transform(item)
+            name = type(transform).__name__
+            seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - start) / len(cases)
+    return dict(sorted(seconds.items(), key=lambda entry: -entry[1]))
+
+
+def _networks_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| size | task | contestant | parameters | TFLOP | seconds (fastest to slowest) | of plain fp32 "
+        "| of matrix rate | peak memory | of plain fp32 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["img_size"], row["batch_size"], TASKS.index(row["task"]))):
+        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
+        lines.append(
+            f"| {row['batch_size']} of {row['img_size']}³ | {row['task']} | {row['contestant']} "
+            f"| {row['parameters'] / 1e6:.1f} M | {row['flops'] / 1e12:.3g} "
+            f"| {row['seconds']:.3g} ({row['fastest']:.3g} to {row['slowest']:.3g}) | {_ratio(row['of_plain_fp32'])} "
+            f"| {row['of_matrix_rate']:.0%} | {memory} | {_ratio(row['memory_of_plain_fp32'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _plot_ratios(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of time for every task at the largest size, as a share of the plain form's."""
+    most = max(row["img_size"] ** 3 * row["batch_size"] for row in rows)
+    rows = [row for row in rows if row["img_size"] ** 3 * row["batch_size"] == most]
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), sharey=True, layout="constrained")
+    contestants = list(dict.fromkeys(row["contestant"] for row in rows))
+    for axis, name in zip(axes, names, strict=True):
+        ratios = {row["contestant"]: row["of_plain_fp32"] for row in rows if row["task"] == name}
+        values = [ratios.get(contestant, 0) for contestant in contestants]
+        axis.bar_label(axis.barh(contestants, values, color="tab:blue"), [f"{v:.2f}" if v else "-" for v in values])
+        axis.set_title(name)
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.set_xlabel("time / plain eager fp32")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time against voxels, for the contestants in the low precision."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["task"] == name and row["batch_size"] == rows[0]["batch_size"]:
+                curves.setdefault(row["contestant"], []).append((row["img_size"] ** 3, row["seconds"]))
+        for contestant, points in curves.items():
+            dashed = "--" if contestant.startswith(TITLES["plain"]) else ":" if "ViT" in contestant else "-"
+            axis.loglog(*zip(*points, strict=True), dashed, marker="o", label=contestant)
+        axis.set_title(name)
+        axis.set_xlabel("voxels")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _write(name: str, report: dict[str, Any], table: str, output_dir: str) -> Path:
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
+    (folder / f"{name}.md").write_text(table + "\n")
+    return folder
+
+
+def _machine(device: str) -> dict[str, Any]:
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _sequence(values: Sequence[int] | int) -> Sequence[int]:
+    return [values] if isinstance(values, int) else values
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire({"networks": networks, "data": data})
+    except ValueError as error:
+        sys.exit(f"error: {error}")
