@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fire
 import matplotlib as mpl
@@ -55,6 +56,7 @@ NETWORKS = {
 }
 TASKS = STEP, PATCH_FEATURES, FEATURES = "training step", "features, patches", "features, volume"
 TITLES = {"bertswin": "BertsWin", "plain": "plain eager BertsWin", "vit_mae": "MONAI ViT-MAE"}
+LINUX_STATUS = Path("/proc/self/status")
 MATRIX_SIDE = 4096  # of the products that the machine's rate is measured with
 
 
@@ -114,7 +116,7 @@ class Contestant:
         """Give the tasks it can do on a batch ``(B, 1, D, H, W)``."""
         device = volume.device.type
         dtype = autocast_dtype(self.precision, device)
-        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         target = patchify(volume, NETWORKS[network]["patch_size"])
 
         def step() -> None:
@@ -299,6 +301,7 @@ def _measure(
             if number:  # the first round warms up
                 measured.append(elapsed)
     del models, tasks
+    peaks = {c: _peak_memory(c, network, img_size, batch_size, device.type) for c in contestants}
     reference = Contestant("plain", "fp32")  # which can do all tasks
     rows = []
     for (contestant, name), measured in seconds.items():
@@ -319,12 +322,11 @@ def _measure(
                 "of_plain_fp32": statistics.median(a / b for a, b in zip(measured, against, strict=True)),
                 "matrix_flops_per_second": rate,
                 "of_matrix_rate": arithmetic / statistics.median(measured) / rate,
-                "peak_bytes": _peak_memory(contestant, network, img_size, batch_size, name, device.type),
+                "peak_bytes": peaks[contestant][name],
             }
         )
-    peaks = {row["task"]: row["peak_bytes"] for row in rows if row["contestant"] == str(reference)}
     for row in rows:
-        row["memory_of_plain_fp32"] = row["peak_bytes"] and row["peak_bytes"] / peaks[row["task"]]
+        row["memory_of_plain_fp32"] = row["peak_bytes"] and row["peak_bytes"] / peaks[reference][row["task"]]
     return rows
 
 
@@ -348,31 +350,49 @@ def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _peak_memory(
-    contestant: Contestant, network: str, img_size: int, batch_size: int, task: str, device: str
-) -> int | None:
-    """Measure in a process of its own; in bytes, over what the process held before it built the network."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory_here, (contestant, network, img_size, batch_size, task, device))
+    contestant: Contestant, network: str, img_size: int, batch_size: int, device: str
+) -> dict[str, int | None]:
+    """Measure what each task needs, in bytes, over what a process of its own held before it built the network.
+
+    On the CPU the process gives freed memory back at once, so that its size is what is in use, as it is counted on a
+    GPU. Left to itself, the C library keeps some for later.
+    """
+    with (
+        mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}),
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
+        return pool.apply(_peak_memory_here, (contestant, network, img_size, batch_size, device))
 
 
 def _peak_memory_here(
-    contestant: Contestant, network: str, img_size: int, batch_size: int, task: str, device: str
-) -> int | None:
-    before = _resident("VmRSS") if device == "cpu" else 0
+    contestant: Contestant, network: str, img_size: int, batch_size: int, device: str
+) -> dict[str, int | None]:
+    on_cpu = device == "cpu"
+    before = _resident("VmRSS") if on_cpu else 0
     volume = torch.rand(batch_size, 1, *[img_size] * 3).to(device)
-    run = contestant.tasks(network, contestant.build(network, img_size).to(device), volume)[task]
-    run()
-    run()  # the second time with the gradients of the first still there, as in training
-    peak = _resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(device)
-    return None if peak is None else peak - before
+    tasks = contestant.tasks(network, contestant.build(network, img_size).to(device), volume)
+    peaks: dict[str, int | None] = {}
+    for name in reversed(tasks):  # the training step, which leaves gradients behind, last
+        _forget_peak(on_cpu)
+        for _ in range(2 if name == STEP else 1):  # as in training, with the gradients of the step before
+            tasks[name]()
+        peak = _resident("VmHWM") if on_cpu else torch.cuda.max_memory_allocated(device)
+        peaks[name] = None if peak is None or before is None else peak - before
+    return peaks
+
+
+def _forget_peak(on_cpu: bool) -> None:
+    if not on_cpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif LINUX_STATUS.exists():
+        LINUX_STATUS.with_name("clear_refs").write_text("5")
 
 
 def _resident(field: str) -> int | None:
     """Memory of this process as Linux counts it, in bytes; None elsewhere."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not LINUX_STATUS.exists():
         return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    line = next(line for line in LINUX_STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -416,16 +436,15 @@ def _plot_ratios(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of time for every task at the largest size, as a share of the plain form's."""
     most = max(row["img_size"] ** 3 * row["batch_size"] for row in rows)
     rows = [row for row in rows if row["img_size"] ** 3 * row["batch_size"] == most]
-    names = list(dict.fromkeys(row["task"] for row in rows))
+    names = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    styles = _styles(rows)
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), sharey=True, layout="constrained")
-    contestants = list(dict.fromkeys(row["contestant"] for row in rows))
     for axis, name in zip(axes, names, strict=True):
         ratios = {row["contestant"]: row["of_plain_fp32"] for row in rows if row["task"] == name}
-        values = [ratios.get(contestant, 0) for contestant in contestants]
-        axis.bar_label(axis.barh(contestants, values, color="tab:blue"), [f"{v:.2f}" if v else "-" for v in values])
-        axis.set_title(name)
-        axis.set_xlim(0, 1.15 * max(values))
-        axis.set_xlabel("time / plain eager fp32")
+        values = [ratios.get(contestant, 0) for contestant in styles]
+        bars = axis.barh(list(styles), values, color=[style["color"] for style in styles.values()])
+        axis.bar_label(bars, [f" {value:.2f}" if value else " cannot" for value in values])
+        axis.set(title=name, xlim=(0, 1.2 * max(values)), xlabel="time / plain eager fp32")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
@@ -433,24 +452,40 @@ def _plot_ratios(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time against voxels, for the contestants in the low precision."""
-    names = list(dict.fromkeys(row["task"] for row in rows))
+    """Time against voxels at the smallest batch."""
+    rows = [row for row in rows if row["batch_size"] == min(row["batch_size"] for row in rows)]
+    names = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    styles, sizes = _styles(rows), sorted({row["img_size"] for row in rows})
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for row in rows:
-            if row["task"] == name and row["batch_size"] == rows[0]["batch_size"]:
-                curves.setdefault(row["contestant"], []).append((row["img_size"] ** 3, row["seconds"]))
-        for contestant, points in curves.items():
-            dashed = "--" if contestant.startswith(TITLES["plain"]) else ":" if "ViT" in contestant else "-"
-            axis.loglog(*zip(*points, strict=True), dashed, marker="o", label=contestant)
-        axis.set_title(name)
-        axis.set_xlabel("voxels")
+        for contestant, style in styles.items():
+            points = [
+                (row["img_size"] ** 3, row["seconds"])
+                for row in rows
+                if row["task"] == name and row["contestant"] == contestant
+            ]
+            if points:
+                axis.loglog(*zip(*points, strict=True), marker="o", label=contestant, **style)
+        axis.set_xticks([size**3 for size in sizes], [f"{size}³" for size in sizes])
+        axis.minorticks_off()
+        axis.set(title=name, xlabel="voxels")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A colour for each form, and solid lines for the low precision."""
+    colours = dict(zip(TITLES, ("tab:blue", "tab:grey", "tab:orange"), strict=True))
+    return {
+        row["contestant"]: {
+            "color": "tab:cyan" if row["checkpointing"] else colours[row["form"]],
+            "linestyle": "--" if row["precision"] == "fp32" else "-",
+        }
+        for row in rows
+    }
 
 
 def _write(name: str, report: dict[str, Any], table: str, output_dir: str) -> Path:

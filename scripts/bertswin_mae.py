@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .encoder import BertsWinEncoder, initialise_weights
 from .masking import patchify, random_masking
+from .swin import maybe_checkpointed
 
 __all__ = ["BertsWinMAE", "ConvDecoder", "bertswin_mae_base_patch16_224", "bertswin_mae_small_patch8_48x64x48"]
 
@@ -26,10 +27,19 @@ class ConvDecoder(nn.Module):
         decoder_embed_dim: width of the first up-sampling stage's input.
         patch_size: P, voxels a token stands for along each axis.
         out_channels: image channels.
+        activation_checkpointing: in training, compute activations again on the way back instead of keeping them.
     """
 
-    def __init__(self, encoder_embed_dim: int, decoder_embed_dim: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self,
+        encoder_embed_dim: int,
+        decoder_embed_dim: int,
+        patch_size: int,
+        out_channels: int,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         first, second, third = UPSAMPLING[patch_size]
         self.embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
         self.head = nn.Sequential(
@@ -46,7 +56,10 @@ class ConvDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``(B, C, D/P, H/P, W/P)`` to a volume ``(B, out_channels, D, H, W)``."""
         tokens = self.embed(rearrange(features, "b c d h w -> b d h w c"))
-        return self.head(rearrange(tokens, "b d h w c -> b c d h w"))
+        volume = rearrange(tokens, "b d h w c -> b c d h w")
+        for part in (self.head[:3], self.head[3:]):  # in two, so that only one holds its activations at a time
+            volume = maybe_checkpointed(part, volume, self.activation_checkpointing)
+        return volume
 
 
 class BertsWinMAE(nn.Module):
@@ -69,8 +82,8 @@ class BertsWinMAE(nn.Module):
         strict_stem: non-overlapping stem kernels.
         blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes, so that patch mode
             and volumetric mode are one function.
-        activation_checkpointing: in training, compute the blocks' activations again on the way back instead of
-            keeping them: less memory for more time.
+        activation_checkpointing: in training, compute activations again on the way back instead of keeping them: less
+            memory for more time.
 
     Raises:
         ValueError: for settings that cannot be built; the message names the value and one that would do.
@@ -111,7 +124,7 @@ class BertsWinMAE(nn.Module):
             blockwise_norm,
             activation_checkpointing,
         )
-        self.decoder = ConvDecoder(encoder_embed_dim, decoder_embed_dim, patch_size, in_chans)
+        self.decoder = ConvDecoder(encoder_embed_dim, decoder_embed_dim, patch_size, in_chans, activation_checkpointing)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder_embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -163,7 +176,7 @@ class BertsWinMAE(nn.Module):
         p = self.encoder.patch_size
         patches = rearrange(volume, "b c (d p) (h q) (w r) -> b (d h w) c p q r", p=p, q=p, r=p)
         # Patches go through alone: an overlapping kernel would see hidden voxels.
-        embedded = self.encoder.stem(patches[visible]).flatten(1)
+        embedded = self.encoder.read(patches[visible]).flatten(1)
         tokens = self.mask_token.repeat(*visible.shape, 1)
         tokens[visible] = embedded.to(tokens.dtype)
         d, h, w = self.encoder.grid_size

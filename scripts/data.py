@@ -47,6 +47,10 @@ CT_NEEDS_BELOW_HU = -200
 CT_NEEDS_ABOVE_HU = -500
 # The window of the MR intensities; a volume in which both ends coincide has nothing but its background in it.
 MR_PERCENTILES = (0.5, 99.5)
+# Finer than a microscope's voxels, or coarser than any scanner's: the header has another unit, or none.
+PLAUSIBLE_MM = (1e-3, 100.0)
+# Of a resampled volume: beyond this, sampling grids overflow, and few machines hold the volume as float32.
+MOST_VOXELS = 2**31
 # A label map has few whole numbers; an image, however coarse, has more.
 LABEL_MAP_VALUES = 8
 
@@ -60,6 +64,7 @@ def prepare_cases(
     val_fraction: float = 0.2,
     skip_invalid: bool = False,
     num_threads: int = 4,
+    spacing: Sequence[float] | None = None,
 ) -> dict[str, list[Case]]:
     """Find, check and split: everything between a folder of scans and two datalists.
 
@@ -71,6 +76,7 @@ def prepare_cases(
         val_fraction: share of the cases to validate on, where the data does not say.
         skip_invalid: leave out volumes that cannot be used, instead of ending the run.
         num_threads: volumes read at once while checking.
+        spacing: mm that volumes will be resampled to, if at all: what would not fit in memory then is refused.
 
     Returns:
         ``training`` and ``validation``; see :func:`find_cases`.
@@ -81,7 +87,7 @@ def prepare_cases(
     parallel.check_started()
     folds = find_cases(dataset_dir() if callable(dataset_dir) else dataset_dir)
     listed = [case for fold in folds.values() for case in fold]
-    usable = {case["case"] for case in check_cases(listed, modality, in_chans, skip_invalid, num_threads)}
+    usable = {case["case"] for case in check_cases(listed, modality, in_chans, skip_invalid, num_threads, spacing)}
     folds = {fold: [case for case in cases if case["case"] in usable] for fold, cases in folds.items()}
     if "validation" not in folds:
         folds = split_cases(folds["training"], val_fraction)
@@ -141,7 +147,12 @@ def list_cases(dataset_dir: str | Path | None) -> list[Case]:
 
 
 def check_cases(
-    cases: Sequence[Case], modality: str, in_chans: int = 1, skip_invalid: bool = False, num_threads: int = 4
+    cases: Sequence[Case],
+    modality: str,
+    in_chans: int = 1,
+    skip_invalid: bool = False,
+    num_threads: int = 4,
+    spacing: Sequence[float] | None = None,
 ) -> list[Case]:
     """Read every volume once, before training, and sort out what cannot be used.
 
@@ -151,6 +162,7 @@ def check_cases(
         in_chans: channels a volume must have.
         skip_invalid: log the ones that cannot be used and go on without them.
         num_threads: volumes read at once.
+        spacing: mm that volumes will be resampled to.
 
     Returns:
         The usable cases.
@@ -160,7 +172,7 @@ def check_cases(
     """
     mine = cases[parallel.rank() :: parallel.world_size()]  # several ranks share the work
     with ThreadPoolExecutor(max(1, num_threads)) as threads:
-        checks = threads.map(lambda case: volume_problem(case["image"], modality, in_chans), mine)
+        checks = threads.map(lambda case: volume_problem(case["image"], modality, in_chans, spacing), mine)
         no_bar = not parallel.shows_progress()
         bar = tqdm(checks, total=len(mine), desc="checking volumes", unit="volume", leave=False, disable=no_bar)
         found = {case["case"]: problem for case, problem in zip(mine, bar, strict=True)}
@@ -181,8 +193,10 @@ def check_cases(
     return usable
 
 
-def volume_problem(path: str | Path, modality: str, in_chans: int = 1) -> str | None:
-    """Say why a volume's file cannot be used, or None if it can."""
+def volume_problem(
+    path: str | Path, modality: str, in_chans: int = 1, spacing: Sequence[float] | None = None
+) -> str | None:
+    """Say why a volume's file cannot be used, or None if it can; the arguments are those of :func:`check_cases`."""
     try:
         if Path(path).stat().st_size == 0:
             return "the file is empty"
@@ -192,7 +206,21 @@ def volume_problem(path: str | Path, modality: str, in_chans: int = 1) -> str | 
     affine = np.asarray(image.affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         return f"has an affine that maps voxels to no place in space: {affine[:3].round(6).tolist()}"
-    return voxel_problem(np.asarray(image), modality, in_chans)
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    if sides.min() < PLAUSIBLE_MM[0] or sides.max() > PLAUSIBLE_MM[1]:
+        return (
+            f"has voxels of {' x '.join(f'{side:g}' for side in sides)} mm, where {PLAUSIBLE_MM[0]:g} to "
+            f"{PLAUSIBLE_MM[1]:g} mm are plausible"
+        )
+    if problem := voxel_problem(np.asarray(image), modality, in_chans):
+        return problem
+    resampled = image[0].numel() * (float(np.prod(sides) / np.prod(spacing)) if spacing else 1.0)
+    if resampled > MOST_VOXELS:
+        return (
+            f"would have {resampled:.2g} voxels at a spacing of {list(spacing or sides.round(3).tolist())} mm, more "
+            f"than {MOST_VOXELS:.2g}: choose a larger --spacing, or crop it"
+        )
+    return None
 
 
 def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str | None:
@@ -210,6 +238,8 @@ def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str |
         return f"has {channels} channels (or times) of {tuple(shape)} where in_chans is {in_chans}"
     if voxels.size == 0:
         return f"holds no voxel (shape {tuple(shape)})"
+    if min(shape) == 1:
+        return f"is a single slice of shape {tuple(shape)}, where a volume is needed"
     if voxels.dtype.names or not np.issubdtype(voxels.dtype, np.number) or np.iscomplexobj(voxels):
         return f"has voxels of type {voxels.dtype} where plain numbers are needed"
     if bad := int(voxels.size - np.isfinite(voxels).sum()):
@@ -312,6 +342,11 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
         if content.get(fold):
             if wrong := [item for item in content[fold] if not _has_image(item)]:
                 raise ValueError(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
+            if strays := [path for item in content[fold] for path in _paths(item) if _leads_out(path)]:
+                raise ValueError(
+                    f"{datalist} lists {strays[0]}, which leads out of its folder: move the list above its volumes, or "
+                    "write the path in full"
+                )
             if odd := [item for item in content[fold] if not _is_cylinder(item.get("field_of_view", {"radius": 1}))]:
                 raise ValueError(
                     f"{datalist}: a field_of_view must be like {{'radius': 99, 'centre_offset': [0, 0], 'axis': 2}} in "
@@ -326,6 +361,15 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
         folds["validation"] = [item for item in training if str(item.get("fold")) == "0"]
         folds["training"] = [item for item in training if str(item.get("fold")) != "0"]
     return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
+
+
+def _paths(item: dict[str, Any]) -> list[str]:
+    return [item[key] for key in ("image", "label") if isinstance(item.get(key), str)]
+
+
+def _leads_out(path: str) -> bool:
+    # A path in full says what it means; one that climbs may come with somebody else's list.
+    return Path(os.path.normpath(path)).parts[:1] == ("..",)
 
 
 def _has_image(item: Any) -> bool:

@@ -12,7 +12,7 @@ from monai.networks.blocks.pos_embed_utils import build_sincos_position_embeddin
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
-from .swin import SwinLayer
+from .swin import SwinLayer, maybe_checkpointed
 
 __all__ = ["BertsWinEncoder", "PatchStem", "initialise_weights", "sincos_positions"]
 
@@ -108,7 +108,9 @@ class PatchStem(nn.Module):
         """As :meth:`forward`, and the output of every stage, finest first, for dense decoders."""
         skips = []
         # Channels last in memory: convolutions are fastest in this layout, and the blocks want the tokens in it.
-        volume = volume.contiguous(memory_format=torch.channels_last_3d)
+        # Cloned, since a single channel passes for either layout, and would be taken for the slow one.
+        volume = rearrange(volume, "b c d h w -> b d h w c").clone(memory_format=torch.contiguous_format)
+        volume = rearrange(volume, "b d h w c -> b c d h w")
         for stage in self.stages:
             volume = stage(volume)
             skips.append(volume)
@@ -132,8 +134,7 @@ class BertsWinEncoder(nn.Module):
         stem_base_dim: width of the stem's first stage; a multiple of 4.
         strict_stem: non-overlapping stem kernels.
         blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes.
-        activation_checkpointing: in training, compute the blocks' activations again on the way back instead of
-            keeping them.
+        activation_checkpointing: in training, compute activations again on the way back instead of keeping them.
 
     Raises:
         ValueError: for settings that cannot be built; the message names the value and one that would do.
@@ -156,7 +157,7 @@ class BertsWinEncoder(nn.Module):
         super().__init__()
         self.img_size = _three("img_size", img_size)
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, encoder_embed_dim
-        self.strict_stem = strict_stem
+        self.strict_stem, self.activation_checkpointing = strict_stem, activation_checkpointing
         window_size = _three("swin_window_size", swin_window_size)
         depth, num_heads = _only("encoder_depths", encoder_depths), _only("encoder_num_heads", encoder_num_heads)
         self.stem = PatchStem(patch_size, in_chans, stem_base_dim, encoder_embed_dim, strict_stem, blockwise_norm)
@@ -188,7 +189,7 @@ class BertsWinEncoder(nn.Module):
             ValueError: when the volume has another shape.
         """
         self.check_volume(volume)
-        return self.attend(self.stem(volume))
+        return self.attend(self.read(volume))
 
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
         """As :meth:`forward`, for dense decoders.
@@ -199,6 +200,10 @@ class BertsWinEncoder(nn.Module):
         self.check_volume(volume)
         tokens, skips = self.stem.forward_with_skips(volume)
         return (*skips, self.attend(tokens))
+
+    def read(self, volume: Tensor) -> Tensor:
+        """Run the stem: ``(B, in_chans, D, H, W)``, whole volumes or single patches, to ``(B, C, D/P, H/P, W/P)``."""
+        return maybe_checkpointed(self.stem, volume, self.activation_checkpointing)
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Add the positions and let the tokens talk.

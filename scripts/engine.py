@@ -80,8 +80,10 @@ class AutocastInferer(SimpleInferer):
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``network(inputs, *args, **kwargs)``."""
-        enabled = self.dtype is not None
-        with torch.autocast(self.device_type, dtype=self.dtype) if enabled else contextlib.nullcontext():
+        if self.dtype is None:
+            return super().__call__(inputs, network, *args, **kwargs)
+        # Every weight is used once: a cache of the cast ones would only hold memory.
+        with torch.autocast(self.device_type, dtype=self.dtype, cache_enabled=False):
             return super().__call__(inputs, network, *args, **kwargs)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["SwinBlock", "SwinLayer"]
+__all__ = ["SwinBlock", "SwinLayer", "maybe_checkpointed"]
 
 # Logits worked on at a time: few enough to stay near the cores of a CPU, and to fit a GPU beside the rest.
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
@@ -89,9 +90,8 @@ class SwinBlock(SwinTransformerBlock):
         overhang = [-side % window for side, window in zip(grid_size, window_size, strict=True)]
         self.padding = [0, 0, 0, overhang[2], 0, overhang[1], 0, overhang[0]]  # F.pad: last axis first
         self.is_shifted = any(shift_size)
-        order, regions = lay_out_windows(
-            [side + extra for side, extra in zip(grid_size, overhang, strict=True)], window_size, shift_size
-        )
+        self.padded_size = tuple(side + extra for side, extra in zip(grid_size, overhang, strict=True))
+        order, regions = lay_out_windows(self.padded_size, window_size, shift_size)
         buffers = {"order": order.flatten(), "inverse_order": order.flatten().argsort(), "regions": regions}
         for name, buffer in buffers.items():  # fixed by the shapes: not part of a checkpoint
             self.register_buffer(name, buffer, persistent=False)
@@ -99,30 +99,30 @@ class SwinBlock(SwinTransformerBlock):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map the grid's tokens ``(B, N, C)`` to features of the same shape."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._transform, tokens, use_reentrant=False)
-        return self._transform(tokens)
+        return maybe_checkpointed(self._transform, tokens, self.use_checkpoint)
 
     def _transform(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self._attend(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+        # Cast before adding: a sum of two types is several times slower on the CPU.
+        tokens = tokens + self._attend(tokens).to(tokens.dtype)
+        hidden = linear_after(partial(_normalise, self.norm2), self.mlp.linear1, tokens, *self.norm2.parameters())
+        return tokens + linear_after(F.gelu, self.mlp.linear2, hidden).to(tokens.dtype)
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        """Let the tokens of each window talk: ``(B, N, C)`` to the same shape."""
-        if any(self.padding):
-            tokens = F.pad(tokens.unflatten(1, self.grid_size), self.padding)
-            padded_size, tokens = tokens.shape[1:4], tokens.flatten(1, 3)
+        """Normalise, and let the tokens of each window talk: ``(B, N, C)`` to the same shape."""
+        qkv = linear_after(self._normalise_and_pad, self.attn.qkv, tokens, *self.norm1.parameters())
         # The projections look at one token at a time: only what lies between them needs the order of the windows.
-        qkv = reorder(self.attn.qkv(tokens), self.order, self.inverse_order)
+        windows = reorder(qkv, self.order, self.inverse_order).unflatten(1, self.regions.shape)
         table, index = self.attn.relative_position_bias_table, self.attn.relative_position_index
-        bias = table.t().index_select(1, index.flatten()).unflatten(1, index.shape)  # (heads, n, n)
-        windows = qkv.unflatten(1, self.regions.shape)
-        attended = window_attention(windows, bias, self.regions if self.is_shifted else None, self.num_heads)
+        attended = window_attention(windows, table, index, self.regions if self.is_shifted else None)
         attended = reorder(attended.flatten(1, 2), self.inverse_order, self.order)
         if any(self.padding):
             d, h, w = self.grid_size
-            attended = attended.unflatten(1, padded_size)[:, :d, :h, :w].flatten(1, 3)
+            attended = attended.unflatten(1, self.padded_size)[:, :d, :h, :w].flatten(1, 3)
         return self.attn.proj(attended)
+
+    def _normalise_and_pad(self, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        tokens = _normalise(self.norm1, tokens, weight, bias)
+        return F.pad(tokens.unflatten(1, self.grid_size), self.padding).flatten(1, 3) if any(self.padding) else tokens
 
 
 def lay_out_windows(
@@ -151,29 +151,30 @@ def lay_out_windows(
     return rearrange(grid, into_windows, p=p, q=q, r=r), rearrange(regions, into_windows, p=p, q=q, r=r)
 
 
-def window_attention(qkv: Tensor, bias: Tensor, regions: Tensor | None, num_heads: int) -> Tensor:
+def window_attention(qkv: Tensor, table: Tensor, index: Tensor, regions: Tensor | None) -> Tensor:
     """Attention within windows, with a bias that all windows share.
 
     Args:
         qkv: ``(B, windows, n, 3C)``, queries, keys and values of the tokens.
-        bias: ``(heads, n, n)``, added to the logits.
+        table: ``(offsets, heads)``, added to the logits of two tokens by the offset between them.
+        index: ``(n, n)``, the place in the table of each pair of tokens.
         regions: ``(windows, n)``, the part of the grid that each token belongs to; tokens see those of their own alone.
             None: of one part, all of them.
-        num_heads: heads; divides C.
 
     Returns:
         ``(B, windows, n, C)``.
     """
-    attend = _TrainedOnCPU.apply if _is_trained(bias) and qkv.device.type == "cpu" else fused_attention
-    return attend(qkv, bias, regions, num_heads)
+    attend = _TrainedOnCPU.apply if _is_trained(table) and qkv.device.type == "cpu" else fused_attention
+    return attend(qkv, table, index, regions)
 
 
-def fused_attention(qkv: Tensor, bias: Tensor, regions: Tensor | None, num_heads: int) -> Tensor:
+def fused_attention(qkv: Tensor, table: Tensor, index: Tensor, regions: Tensor | None) -> Tensor:
     """As :func:`window_attention`, by PyTorch's fused kernels."""
-    bias = bias.to(qkv.dtype)
+    num_heads = table.shape[1]
+    bias = look_up(table, index).to(qkv.dtype)
     parts = [
         join_heads(F.scaled_dot_product_attention(*split_heads(part, num_heads), attn_mask=added), len(qkv))
-        for part, added in some_at_a_time(qkv, bias, regions)
+        for added, part in some_at_a_time(bias, regions, qkv)
     ]
     return torch.cat(parts, dim=1)
 
@@ -185,48 +186,55 @@ class _TrainedOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, regions: Tensor | None, num_heads: int) -> Tensor:
-        ctx.save_for_backward(qkv, bias, regions)
-        ctx.num_heads = num_heads
-        return fused_attention(qkv, bias, regions, num_heads)
+    def forward(ctx: Any, qkv: Tensor, table: Tensor, index: Tensor, regions: Tensor | None) -> Tensor:
+        ctx.save_for_backward(qkv, table, index, regions)
+        return fused_attention(qkv, table, index, regions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, attended_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        qkv, bias, regions = ctx.saved_tensors
+        qkv, table, index, regions = ctx.saved_tensors
+        num_heads, scale = table.shape[1], (qkv.shape[-1] // 3 // table.shape[1]) ** -0.5
+        bias = look_up(table, index)
         qkv_grads, bias_grad = [], torch.zeros_like(bias)
-        with torch.enable_grad():
-            bias = bias.to(qkv.dtype).requires_grad_()
-            done = 0
-            for part, added in some_at_a_time(qkv.detach(), bias, regions):
-                part.requires_grad_()
-                query, key, value = split_heads(part, ctx.num_heads)
-                logits = (query * query.shape[-1] ** -0.5) @ key.mT + added
-                attended = join_heads(logits.softmax(-1) @ value, len(qkv))
-                grad = attended_grad[:, done : done + part.shape[1]]
-                part_grad, added_grad = torch.autograd.grad(attended, (part, bias), grad)
-                qkv_grads.append(part_grad)
-                bias_grad += added_grad
-                done += part.shape[1]
-        return torch.cat(qkv_grads, dim=1), bias_grad, None, None
+        for added, part, grad in some_at_a_time(bias.to(qkv.dtype), regions, qkv, attended_grad):
+            query, key, value = split_heads(part, num_heads)
+            grad = rearrange(grad, "b w n (heads c) -> (b w) heads n c", heads=num_heads)
+            query = query * scale
+            with torch.enable_grad():
+                logits = (query @ key.mT).add_(added).requires_grad_()
+                probabilities = logits.softmax(-1)
+            (logits_grad,) = torch.autograd.grad(probabilities, logits, grad @ value.mT)
+            part_grads = [logits_grad @ key * scale, logits_grad.mT @ query, probabilities.detach().mT @ grad]
+            qkv_grads.append(rearrange(part_grads, "qkv (b w) heads n c -> b w n (qkv heads c)", b=len(qkv)))
+            bias_grad += logits_grad.sum(0)
+        table_grad = torch.zeros_like(table.t()).index_add_(1, index.flatten(), bias_grad.flatten(1)).t()
+        return torch.cat(qkv_grads, dim=1), table_grad, None, None
 
 
-def some_at_a_time(qkv: Tensor, bias: Tensor, regions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Take some windows at a time, and what to add to their logits.
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Take the biases ``(heads, n, n)`` of all pairs of tokens from the table ``(offsets, heads)``."""
+    return table.t().index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def some_at_a_time(bias: Tensor, regions: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Take some windows of tensors ``(B, windows, n, …)`` at a time, and first what to add to their logits.
 
     Yields:
-        ``(B, some, n, 3C)``; and ``(B · some, heads, n, n)``, or one for all windows.
+        ``(B · some, heads, n, n)``, or one for all windows; and each tensor's ``(B, some, n, …)``.
     """
-    at_once = max(1, LOGITS_AT_ONCE.get(qkv.device.type, LOGITS_AT_ONCE["cuda"]) // (len(qkv) * bias.numel()))
-    parts = qkv.split(at_once, dim=1)
-    if regions is None:
-        yield from ((part, bias[None]) for part in parts)
-        return
-    for part, region in zip(parts, regions.split(at_once), strict=True):
-        # Minus infinity, where MONAI has -100: its exponential is denormal, which costs a hundred times a zero.
-        apart = torch.zeros((), dtype=bias.dtype, device=bias.device)
-        apart = apart.where(region[:, :, None] == region[:, None], -inf)
-        yield part, repeat(bias + apart[:, None], "some heads n m -> (b some) heads n m", b=len(qkv))
+    batch_size, num_windows = tensors[0].shape[:2]
+    most = LOGITS_AT_ONCE.get(bias.device.type, LOGITS_AT_ONCE["cuda"])
+    at_once = max(1, most // (batch_size * bias.numel()))
+    for start in range(0, num_windows, at_once):
+        some = slice(start, start + at_once)
+        added = bias[None]
+        if regions is not None:
+            region = regions[some]
+            # Minus infinity, where MONAI has -100: its exponential is denormal, which costs a hundred times a zero.
+            apart = bias.new_zeros(()).where(region[:, :, None] == region[:, None], -inf)
+            added = repeat(bias + apart[:, None], "some heads n m -> (b some) heads n m", b=batch_size)
+        yield added, *(tensor[:, some] for tensor in tensors)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -237,6 +245,63 @@ def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
 def join_heads(attended: Tensor, batch_size: int) -> Tensor:
     """Bring ``(B · windows, heads, n, C/heads)`` back to ``(B, windows, n, C)``."""
     return rearrange(attended, "(b w) heads n c -> b w n (heads c)", b=batch_size)
+
+
+def maybe_checkpointed(function: Callable[[Tensor], Tensor], inputs: Tensor, enabled: bool) -> Tensor:
+    """Compute ``function(inputs)``; if enabled, keep the inputs alone and compute it again on the way back."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(function, inputs, use_reentrant=False)
+    return function(inputs)
+
+
+def linear_after(function: Callable[..., Tensor], linear: nn.Linear, inputs: Tensor, *parameters: Tensor) -> Tensor:
+    """Compute ``linear(function(inputs, *parameters))`` and keep the inputs alone for the way back.
+
+    Args:
+        function: cheap to compute twice.
+        linear: the layer behind it.
+        inputs: ``(B, N, C)``.
+        parameters: of the function, which get a gradient too.
+    """
+    if _is_trained(inputs) or _is_trained(linear.weight):
+        return _LinearAfter.apply(function, linear.weight, linear.bias, inputs, *parameters)
+    return linear(function(inputs, *parameters))
+
+
+class _LinearAfter(torch.autograd.Function):
+    """See :func:`linear_after`. What autocast made of the weight is not kept either."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], weight: Tensor, bias: Tensor, inputs: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(weight, inputs, *parameters)
+        return F.linear(function(inputs, *parameters), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *arguments = ctx.saved_tensors
+        _, needs_weight, needs_bias, *needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            arguments = [
+                argument.detach().requires_grad_(need) for argument, need in zip(arguments, needed, strict=True)
+            ]
+            hidden = ctx.function(*arguments)
+        rows = grad.flatten(0, -2)
+        weight_grad = rows.T @ hidden.detach().flatten(0, -2).to(grad.dtype) if needs_weight else None
+        bias_grad = rows.sum(0) if needs_bias else None
+        grads = [None] * len(needed)
+        if any(needed):
+            wanted = [argument for argument in arguments if argument.requires_grad]
+            found = iter(torch.autograd.grad(hidden, wanted, (grad @ weight.to(grad.dtype)).to(hidden.dtype)))
+            grads = [next(found) if need else None for need in needed]
+        return None, weight_grad, bias_grad, *grads
+
+
+def _normalise(norm: nn.LayerNorm, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def reorder(tokens: Tensor, order: Tensor, inverse_order: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Promises of bad input: every row of the table in docs/troubleshooting.md, and headers and bytes changed at random."""
 
+import contextlib
 import gzip
 import json
+import os
 import re
+import shutil
 import struct
 import warnings
 from pathlib import Path
@@ -14,9 +17,10 @@ import torch
 from conftest import ROOT, write_volume
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from monai.bundle import ConfigWorkflow
 
 from scripts import checkpoints
-from scripts.data import prepare_cases, volume_problem
+from scripts.data import causes, prepare_cases, volume_problem
 
 TABLE = (ROOT / "docs" / "troubleshooting.md").read_text()
 
@@ -66,8 +70,26 @@ def flat_affine(folder):
     path.write_bytes(gzip.compress(bytes(content)))
 
 
+def zero_spacing(folder):
+    write(folder, ramp(8, 8, 8))
+    path = folder / "bad.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    for row in (280, 296, 312):  # the affine's second column
+        content[row + 4 : row + 8] = bytes(4)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 def twice(folder):
     write(folder, ramp(8, 8, 8), name="good_1.nii")
+
+
+def with_spacing(*spacing):
+    return lambda folder: write(folder, ramp(8, 8, 8), affine=np.diag([*spacing, 1.0]))
+
+
+def locked(folder):
+    write(folder, ramp(8, 8, 8))
+    (folder / "bad.nii.gz").chmod(0)
 
 
 def nothing(folder):
@@ -75,8 +97,13 @@ def nothing(folder):
         path.unlink()
 
 
+def listed_but_gone(folder):
+    (folder / "dataset.json").write_text(json.dumps({"training": [{"image": "elsewhere.nii.gz"}]}))
+
+
 def outside(folder):
-    (folder / "dataset.json").write_text(json.dumps({"training": [{"image": "../elsewhere.nii.gz"}]}))
+    write_volume(folder.parent / "elsewhere.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps({"training": [{"image": "./sub/../../elsewhere.nii.gz"}]}))
 
 
 def no_datalist(folder):
@@ -92,14 +119,21 @@ VOLUMES = {
     "NaN or infinite voxels": (lambda folder: write(folder, with_voxel(np.nan)), "mr"),
     "constant": (lambda folder: write(folder, np.full((8, 8, 8), 7.0)), "mr"),
     "4D": (lambda folder: write(folder, ramp(8, 8, 8, 3)), "mr"),
+    "a single slice": (lambda folder: write(folder, ramp(8, 8, 1)), "mr"),
     "no place in space": (flat_affine, "mr"),
+    "zero spacing": (zero_spacing, "mr"),
+    "absurd spacing": (with_spacing(1.0, 5000.0, 1.0), "mr"),
+    "too large once resampled": (with_spacing(99.0, 99.0, 99.0), "mr"),
+    "no permission": (locked, "mr"),
     "a label map": (lambda folder: write(folder, ramp(8, 8, 8).astype(np.uint8) % 3), "mr"),
     "almost empty": (lambda folder: write(folder, np.where(ramp(8, 8, 8) == 5, 5.5, 0.0)), "mr"),
     "no Hounsfield units": (lambda folder: write(folder, ramp(8, 8, 8)), "ct"),
     "nothing but air": (lambda folder: write(folder, -1000 - ramp(8, 8, 8) / 100), "ct"),
     "two files of one name": (twice, "mr"),
     "nothing there": (nothing, "mr"),
-    "listed, but not there": (outside, "mr"),
+    "no such folder": (lambda folder: shutil.rmtree(folder), "mr"),
+    "listed, but not there": (listed_but_gone, "mr"),
+    "listed, out of the folder": (outside, "mr"),
     "a datalist of another kind": (no_datalist, "mr"),
 }
 
@@ -119,16 +153,35 @@ def folder(tmp_path):
     return place
 
 
+@contextlib.contextmanager
+def as_a_user(folder):
+    """Root may read everything, so be nobody for a while, where the tests are run by root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    places = [folder, *folder.parents]
+    modes = [place.stat().st_mode for place in places]
+    for place in places:
+        place.chmod(place.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for place, mode in zip(places, modes, strict=True):
+            place.chmod(mode)
+
+
 @pytest.mark.parametrize("name", VOLUMES)
 def test_a_bad_volume_is_refused_with_the_message_of_the_table(name, folder):
     make, modality = VOLUMES[name]
     make(folder)
-    before = sorted(folder.iterdir())
-    with pytest.raises(ValueError) as caught:
-        prepare_cases(folder, modality)
+    before = sorted(folder.parent.rglob("*"))
+    with as_a_user(folder.parent), pytest.raises(ValueError) as caught:
+        prepare_cases(folder, modality, spacing=(0.1, 0.1, 0.1))
     for part in row_of(name):
         assert part in str(caught.value), str(caught.value)
-    assert sorted(folder.iterdir()) == before
+    assert sorted(folder.parent.rglob("*")) == before
 
 
 class Code:
@@ -176,9 +229,47 @@ def test_a_bad_checkpoint_is_refused_with_the_message_of_the_table(name, tmp_pat
     assert "executed" not in capsys.readouterr().out
 
 
+def a_file(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    return {"output_dir": str(tmp_path / "taken")}
+
+
+def an_earlier_run(tmp_path):
+    (tmp_path / "training_state.pt").write_text("of an earlier run")
+    return {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
+
+
+KNOBS = {
+    "an unknown knob": lambda tmp_path: {"max_epoch": 3},
+    "a value of another type": lambda tmp_path: {"max_epochs": "many"},
+    "a list of another length": lambda tmp_path: {"img_size": [48, 64]},
+    "a value that is not among the choices": lambda tmp_path: {"modality": "pet"},
+    "a value out of range": lambda tmp_path: {"batch_size": 0},
+    "a network that cannot be built": lambda tmp_path: {"img_size": [50, 64, 48]},
+    "a device that is not there": lambda tmp_path: {"device": "cuda:99"},
+    "an output folder that cannot be written to": a_file,
+    "the output of an earlier run": an_earlier_run,
+}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_bad_knob_is_refused_with_the_message_of_the_table(name, tmp_path):
+    knobs = {"output_dir": str(tmp_path / "out")} | KNOBS[name](tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    configs = [str(ROOT / "configs" / config) for config in ("train.yaml", "small.yaml")]
+    with pytest.raises(RuntimeError) as caught:
+        training = ConfigWorkflow(configs, workflow_type="train", **knobs)
+        training.initialize()
+        training.parser.get_parsed_content("network")
+    messages = " ".join(map(str, causes(caught.value)))
+    for part in row_of(name):
+        assert part in messages, messages
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_every_row_of_the_table_is_tested():
     rows = set(re.findall(r"^\| ([^|`]+?) \| `", TABLE, re.MULTILINE))
-    assert rows == VOLUMES.keys() | CHECKPOINTS.keys()
+    assert rows == VOLUMES.keys() | CHECKPOINTS.keys() | KNOBS.keys()
 
 
 @settings(

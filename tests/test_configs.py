@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY_KNOBS, bundle, write_volume
 from monai.bundle import ConfigWorkflow
+from monai.transforms import OneOf
 
 import scripts
 from scripts.cli import check_knobs
@@ -239,7 +240,9 @@ def test_rotation_is_meant_in_degrees(tmp_path):
     for number in range(2):
         write_volume(tmp_path / f"{number}.nii.gz", shape=(48, 48, 48), seed=number)
     resolve = built(dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), **TINY_KNOBS, affine_prob=1.0)
-    affine = next(step for step in resolve("train::random_transforms") if "Affine" in type(step).__name__)
+    (rotated_or_not,) = [step for step in resolve("train::random_transforms") if isinstance(step, OneOf)]
+    affine = rotated_or_not.transforms[0]
+    assert rotated_or_not.weights[0] == 1
     assert affine.rand_affine.rand_affine_grid.rotate_range == pytest.approx([12 / 180 * np.pi] * 3)
     assert affine.rand_affine.rand_affine_grid.scale_range == pytest.approx([0.1] * 3)
 

@@ -1,0 +1,66 @@
+"""Promises of the benchmark: every contestant does every task it can, and the plain form is the same network."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, noise, tiny
+
+from scripts import benchmark
+from scripts.benchmark import Contestant, plain_form
+
+
+def test_the_plain_form_is_the_same_network():
+    model = tiny(img_size=(48, 32, 40))
+    plain = plain_form(model)
+    volume, masked = noise(2, 1, 48, 32, 40), torch.rand(2, 120, generator=torch.Generator().manual_seed(0)) > 0.25
+    assert dict(plain.named_parameters()).keys() != dict(model.named_parameters()).keys()  # another stem, other blocks
+    with torch.no_grad():
+        for name in ("extract_features", "encoder"):
+            torch.testing.assert_close(getattr(plain, name)(volume), getattr(model, name)(volume), rtol=1e-5, atol=1e-5)
+        outputs = [network(volume, masked=masked)["reconstructed_cube"] for network in (plain, model)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_step_gives_every_parameter_a_gradient():
+    for form in benchmark.TITLES:
+        contestant = Contestant(form, "bf16")
+        model = contestant.build("tiny", 32)
+        contestant.tasks("tiny", model, noise(1, 1, 32, 32, 32))[benchmark.STEP]()
+        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        assert all("pos" in name for name in without), without  # fixed positions
+
+
+@pytest.mark.slow
+def test_networks_are_measured_side_by_side(tmp_path, capsys):
+    benchmark.networks("tiny", img_sizes=[32], precision="fp32", device="cpu", repeats=2, output_dir=str(tmp_path))
+    report = json.loads((tmp_path / "networks.json").read_text())
+    rows = {(row["contestant"], row["task"]): row for row in report["rows"]}
+    assert len(rows) == 3 + 1 + 3 + 2  # ours, with checkpointing, plain, ViT-MAE
+    for row in rows.values():
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
+        assert row["flops"] > 0
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 1e6
+    ours, plain = (rows[f"{title}, fp32", benchmark.STEP] for title in ("BertsWin", "plain eager BertsWin"))
+    assert ours["flops"] == plain["flops"]
+    assert ours["parameters"] == plain["parameters"]
+    assert plain["of_plain_fp32"] == 1
+    assert "| 1 of 32³ | training step | BertsWin, fp32 |" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"networks.json", "networks.md", "ratios.png", "scaling.png"}
+
+
+def test_a_network_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"network 'huge' must be one of \('base', 'small', 'tiny'\)"):
+        benchmark.networks("huge", output_dir=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_waiting_for_data_is_measured_with_the_cache_and_without(cohort, tmp_path):
+    knobs = {"iterations_per_epoch": 3, "device": "cpu"}
+    benchmark.data(str(cohort), epochs=1, output_dir=str(tmp_path), **knobs)
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert [row["cache"] for row in report["rows"]] == ["memory", "none"]
+    assert all(0 <= row["waiting_share"] <= 1 and row["volumes_per_second"] > 0 for row in report["rows"])
+    assert "LoadImaged" in report["preparation"]
+    assert "| memory |" in (tmp_path / "data.md").read_text()
+    assert not (ROOT / "metrics.jsonl").exists()
