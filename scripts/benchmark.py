@@ -281,6 +281,7 @@ def _measure(
     volume = torch.rand(batch_size, 1, *[img_size] * 3, generator=torch.Generator().manual_seed(0)).to(device)
     models = {c: c.build(network, img_size).to(device) for c in contestants}
     tasks = {c: c.tasks(network, model, volume) for c, model in models.items()}
+    parameters = {c: sum(p.numel() for p in model.parameters()) for c, model in models.items()}
     flops = {}
     for form in TITLES:
         counted = Contestant("plain" if form == "bertswin" else form, "fp32")  # the same arithmetic
@@ -314,7 +315,7 @@ def _measure(
                 "task": name,
                 "img_size": img_size,
                 "batch_size": batch_size,
-                "parameters": sum(p.numel() for p in contestant.build(network, img_size).parameters()),
+                "parameters": parameters[contestant],
                 "flops": arithmetic,
                 "seconds": statistics.median(measured),
                 "fastest": min(measured),
@@ -413,8 +414,8 @@ def _time_transforms(workflow: ConfigWorkflow, volumes: int = 16) -> dict[str, f
 
 def _networks_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| size | task | contestant | parameters | TFLOP | seconds (fastest to slowest) | of plain fp32 "
-        "| of matrix rate | peak memory | of plain fp32 |",
+        "| size | task | contestant | parameters | TFLOP | seconds (fastest to slowest) | time of plain fp32 "
+        "| of matrix rate | peak memory | memory of plain fp32 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["img_size"], row["batch_size"], TASKS.index(row["task"]))):

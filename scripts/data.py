@@ -198,8 +198,9 @@ def volume_problem(
 ) -> str | None:
     """Say why a volume's file cannot be used, or None if it can; the arguments are those of :func:`check_cases`."""
     try:
-        if Path(path).stat().st_size == 0:
-            return "the file is empty"
+        with Path(path).open("rb") as file:  # whose errors say more than those of the readers
+            if not file.read(1):
+                return "the file is empty"
         image = EnsureChannelFirst()(LoadImage(image_only=True, dtype=None)(path))
     except Exception as error:
         return f"cannot be read ({reason(error)})"

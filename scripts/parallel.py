@@ -136,7 +136,12 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
         # Said of a transposed convolution's weight, whose one input channel has no stride to speak of.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         devices = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(network.to(device), device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            network.to(device),
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are constants
+        )
     if mode == "fsdp":
         # Block by block onto the device, so that it never holds the whole.
         mesh = init_device_mesh(device.type, (world_size(),))

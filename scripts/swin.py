@@ -8,7 +8,7 @@ from math import inf
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from monai.networks.nets.swin_unetr import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -56,8 +56,10 @@ class SwinLayer(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map ``(B, C, D/P, H/P, W/P)`` to features of the same shape."""
+        """Map ``(B, C, D/P, H/P, W/P)`` to features of the same shape; a ValueError for tokens of another grid."""
         grid_size = tokens.shape[2:]
+        if tuple(grid_size) != self.blocks[0].grid_size:
+            raise ValueError(f"tokens lie on a grid of {tuple(grid_size)}, built for {self.blocks[0].grid_size}")
         tokens = rearrange(tokens, "b c d h w -> b (d h w) c")
         for block in self.blocks:
             tokens = block(tokens)
@@ -164,23 +166,22 @@ def window_attention(qkv: Tensor, table: Tensor, index: Tensor, regions: Tensor 
     Returns:
         ``(B, windows, n, C)``.
     """
-    attend = _TrainedOnCPU.apply if _is_trained(table) and qkv.device.type == "cpu" else fused_attention
-    return attend(qkv, table, index, regions)
+    recomputed = qkv.device.type == "cpu" and (_is_trained(qkv) or _is_trained(table))
+    return (_RecomputedAttention.apply if recomputed else fused_attention)(qkv, table, index, regions)
 
 
 def fused_attention(qkv: Tensor, table: Tensor, index: Tensor, regions: Tensor | None) -> Tensor:
     """As :func:`window_attention`, by PyTorch's fused kernels."""
-    num_heads = table.shape[1]
     bias = look_up(table, index).to(qkv.dtype)
     parts = [
-        join_heads(F.scaled_dot_product_attention(*split_heads(part, num_heads), attn_mask=added), len(qkv))
+        join_heads(F.scaled_dot_product_attention(*split_heads(part, table.shape[1]), attn_mask=added), part.shape[1])
         for added, part in some_at_a_time(bias, regions, qkv)
     ]
     return torch.cat(parts, dim=1)
 
 
-class _TrainedOnCPU(torch.autograd.Function):
-    """Attention with a trained bias on the CPU, where PyTorch's fused kernels have no gradient for the bias.
+class _RecomputedAttention(torch.autograd.Function):
+    """Attention for training on the CPU, where PyTorch's fused kernels have no gradient for the bias.
 
     Keeps queries, keys and values alone, and computes the attention again on the way back, some windows at a time.
     """
@@ -199,14 +200,14 @@ class _TrainedOnCPU(torch.autograd.Function):
         qkv_grads, bias_grad = [], torch.zeros_like(bias)
         for added, part, grad in some_at_a_time(bias.to(qkv.dtype), regions, qkv, attended_grad):
             query, key, value = split_heads(part, num_heads)
-            grad = rearrange(grad, "b w n (heads c) -> (b w) heads n c", heads=num_heads)
+            (grad,) = split_heads(grad, num_heads, parts=1)
             query = query * scale
             with torch.enable_grad():
                 logits = (query @ key.mT).add_(added).requires_grad_()
                 probabilities = logits.softmax(-1)
             (logits_grad,) = torch.autograd.grad(probabilities, logits, grad @ value.mT)
             part_grads = [logits_grad @ key * scale, logits_grad.mT @ query, probabilities.detach().mT @ grad]
-            qkv_grads.append(rearrange(part_grads, "qkv (b w) heads n c -> b w n (qkv heads c)", b=len(qkv)))
+            qkv_grads.append(torch.cat([join_heads(part_grad, part.shape[1]) for part_grad in part_grads], dim=-1))
             bias_grad += logits_grad.sum(0)
         table_grad = torch.zeros_like(table.t()).index_add_(1, index.flatten(), bias_grad.flatten(1)).t()
         return torch.cat(qkv_grads, dim=1), table_grad, None, None
@@ -224,8 +225,10 @@ def some_at_a_time(bias: Tensor, regions: Tensor | None, *tensors: Tensor) -> It
         ``(B · some, heads, n, n)``, or one for all windows; and each tensor's ``(B, some, n, …)``.
     """
     batch_size, num_windows = tensors[0].shape[:2]
-    most = LOGITS_AT_ONCE.get(bias.device.type, LOGITS_AT_ONCE["cuda"])
-    at_once = max(1, most // (batch_size * bias.numel()))
+    at_once = num_windows
+    if not torch.jit.is_tracing():  # what is traced must not depend on the size of the batch
+        most = LOGITS_AT_ONCE.get(bias.device.type, LOGITS_AT_ONCE["cuda"])
+        at_once = max(1, most // (batch_size * bias.numel()))
     for start in range(0, num_windows, at_once):
         some = slice(start, start + at_once)
         added = bias[None]
@@ -233,24 +236,28 @@ def some_at_a_time(bias: Tensor, regions: Tensor | None, *tensors: Tensor) -> It
             region = regions[some]
             # Minus infinity, where MONAI has -100: its exponential is denormal, which costs a hundred times a zero.
             apart = bias.new_zeros(()).where(region[:, :, None] == region[:, None], -inf)
-            added = repeat(bias + apart[:, None], "some heads n m -> (b some) heads n m", b=batch_size)
+            added = (bias + apart[:, None])[None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
         yield added, *(tensor[:, some] for tensor in tensors)
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    """Take ``(B, windows, n, 3C)`` apart: queries, keys and values, each ``(B · windows, heads, n, C/heads)``."""
-    return rearrange(qkv, "b w n (qkv heads c) -> qkv (b w) heads n c", qkv=3, heads=num_heads)
+def split_heads(tokens: Tensor, num_heads: int, parts: int = 3) -> Tensor:
+    """Take ``(B, windows, n, parts · C)``, such as queries, keys and values, apart by part and head.
+
+    Returns:
+        ``(parts, B · windows, heads, n, C/heads)``.
+    """
+    return tokens.flatten(0, 1).unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def join_heads(attended: Tensor, batch_size: int) -> Tensor:
+def join_heads(attended: Tensor, num_windows: int) -> Tensor:
     """Bring ``(B · windows, heads, n, C/heads)`` back to ``(B, windows, n, C)``."""
-    return rearrange(attended, "(b w) heads n c -> b w n (heads c)", b=batch_size)
+    return attended.transpose(1, 2).flatten(2).unflatten(0, (-1, num_windows))
 
 
 def maybe_checkpointed(function: Callable[[Tensor], Tensor], inputs: Tensor, enabled: bool) -> Tensor:
     """Compute ``function(inputs)``; if enabled, keep the inputs alone and compute it again on the way back."""
     if enabled and torch.is_grad_enabled():
-        return checkpoint(function, inputs, use_reentrant=False)
+        return checkpoint(function, inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
     return function(inputs)
 
 
@@ -276,6 +283,12 @@ class _LinearAfter(torch.autograd.Function):
         ctx: Any, function: Callable[..., Tensor], weight: Tensor, bias: Tensor, inputs: Tensor, *parameters: Tensor
     ) -> Tensor:
         ctx.function = function
+        device = inputs.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         ctx.save_for_backward(weight, inputs, *parameters)
         return F.linear(function(inputs, *parameters), weight, bias)
 
@@ -284,7 +297,7 @@ class _LinearAfter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *arguments = ctx.saved_tensors
         _, needs_weight, needs_bias, *needed = ctx.needs_input_grad
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(**ctx.autocast, cache_enabled=False):
             arguments = [
                 argument.detach().requires_grad_(need) for argument, need in zip(arguments, needed, strict=True)
             ]

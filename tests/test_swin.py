@@ -62,25 +62,63 @@ def test_features_and_gradients_are_those_of_monai(case, checkpointing):
         torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
 
 
+def relative_errors(outcome, exact):
+    return {name: ((outcome[name].float() - tensor).norm() / tensor.norm()).item() for name, tensor in exact.items()}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_stays_within_a_hundredth_of_float32(case):
     fast, plain = both(*CASES[case])
     tokens = noise(2, 24, *CASES[case][1])
     exact = outcome(plain, tokens)
-    rounded = {name: tensor.float() for name, tensor in outcome(fast, tokens, torch.bfloat16).items()}
-    for results in (exact, rounded):  # the gradient counts as a whole: some parts of it are small and noisy by nature
-        features = results.pop("features")
-        whole = torch.cat([gradient.flatten() for gradient in results.values()])
-        results.clear()
-        results |= {"features": features, "gradient": whole}
-    assert_same(rounded, exact, 1e-2)
+    errors = relative_errors(outcome(fast, tokens, torch.bfloat16), exact)
+    assert errors["features"] < 1e-2
+    norms = {name: tensor.norm() for name, tensor in exact.items() if name != "features"}
+    whole = sum((errors[name] * norm) ** 2 for name, norm in norms.items()) ** 0.5
+    assert whole < 1e-2 * sum(norm**2 for norm in norms.values()) ** 0.5  # the gradient as one vector
+    for name, error in errors.items():  # parts of few numbers are noisier: in MONAI's own bfloat16, up to 0.02
+        assert error < 4e-2, f"{name}: {error:.1e}"
 
 
-def test_the_fused_kernels_of_other_devices_give_the_same(monkeypatch):
-    fast, plain = both((2, 2, 2), (4, 3, 4))
-    tokens = noise(2, 24, 4, 3, 4)
-    monkeypatch.setattr(swin._TrainedOnCPU, "apply", swin.fused_attention)
+@pytest.mark.parametrize("case", CASES)
+def test_pytorchs_own_gradient_of_the_attention_that_other_devices_take_is_the_same(case, monkeypatch):
+    fast, plain = both(*CASES[case])
+    tokens = noise(2, 24, *CASES[case][1])
+    monkeypatch.setattr(swin._RecomputedAttention, "apply", swin.fused_attention)
     assert_same(outcome(fast, tokens), outcome(plain, tokens), 1e-5)
+
+
+@pytest.mark.parametrize("trained", [["norm1"], ["relative_position_bias_table"], ["qkv.bias"], ["linear2.weight"], []])
+def test_what_is_frozen_does_not_change_the_gradient_of_the_rest(trained):
+    fast, _ = both((2, 2, 2), (4, 3, 4))
+    tokens = noise(2, 24, 4, 3, 4)
+    everything = outcome(fast, tokens)
+    for name, parameter in fast.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    kept = {name: parameter for name, parameter in fast.named_parameters() if parameter.requires_grad}
+    tokens.requires_grad_()
+    loss = (fast(tokens) * noise(2, 24, 4, 3, 4, seed=1)).sum()
+    gradients = torch.autograd.grad(loss, (tokens, *kept.values()))
+    expected = {name: everything[name] for name in ("tokens", *kept)}
+    assert_same(dict(zip(expected, gradients, strict=True)), expected, 1e-6)
+
+
+def test_a_layer_may_be_used_twice_in_a_graph_that_is_walked_back_twice():
+    fast, plain = both((2, 2, 2), (4, 4, 4))
+    tokens, gradients = noise(1, 24, 4, 4, 4), []
+    for layer in (fast, plain):
+        loss = (layer(layer(tokens)) * noise(1, 24, 4, 4, 4, seed=1)).sum()
+        first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+        again = torch.autograd.grad(loss, list(layer.parameters()))
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        gradients.append(dict(enumerate(first)))
+    assert_same(*gradients, 1e-5)
+
+
+def test_tokens_of_another_grid_are_refused():
+    fast, _ = both((2, 2, 2), (4, 2, 2))
+    with pytest.raises(ValueError, match=r"grid of \(2, 4, 2\), built for \(4, 2, 2\)"):
+        fast(noise(1, 24, 2, 4, 2))
 
 
 def test_the_gradient_does_not_depend_on_how_many_windows_are_worked_on_at_a_time(monkeypatch):
@@ -91,8 +129,10 @@ def test_the_gradient_does_not_depend_on_how_many_windows_are_worked_on_at_a_tim
     assert_same(outcome(fast, tokens), together, 1e-6)
 
 
-def test_no_attention_matrix_is_kept_for_the_way_back():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_attention_matrix_is_kept_for_the_way_back(frozen):
     fast, plain = both((4, 4, 4), (8, 8, 8))
+    fast.requires_grad_(not frozen)
     kept = []
     for layer in (fast, plain):
         saved = {}
