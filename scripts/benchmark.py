@@ -170,6 +170,12 @@ def plain_form(model: BertsWinMAE) -> BertsWinMAE:
     weights = swin.state_dict()
     weights |= {name: value for name, value in layer.state_dict().items() if name.endswith("relative_position_index")}
     layer.load_state_dict(weights)
+    for stage in encoder.stem.stages:
+        conv = stage[0]
+        stage[0] = nn.Conv3d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False
+        )
+        stage[0].load_state_dict(conv.state_dict())
     encoder.swin, encoder.stem = layer, _PlainStem(*encoder.stem.stages, encoder.stem.proj)
     return plain
 
