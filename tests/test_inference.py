@@ -270,9 +270,9 @@ def test_a_volume_that_fails_on_the_way_does_not_cost_the_others(tmp_path):
 
 
 def test_nothing_is_written_outside_the_output_folder(tmp_path):
-    write_volume(tmp_path / "scans" / "a.nii.gz")
+    elsewhere = write_volume(tmp_path / "scans" / "a.nii.gz")
     (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "l.json").write_text(json.dumps({"training": [{"image": "../scans/a.nii.gz"}]}))
+    (tmp_path / "lists" / "l.json").write_text(json.dumps({"training": [{"image": str(elsewhere)}]}))
     run_here(tmp_path, PatchMeans(), dataset_dir=str(tmp_path / "lists" / "l.json"), figures=False)
     assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a.nii.gz"]
     assert len(list((tmp_path / "out").rglob("features.nii.gz"))) == 1
