@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .bertswin_mae import BertsWinMAE
-from .engine import autocast_dtype
+from .engine import AutocastInferer, autocast_dtype
 from .losses import MaskedL2Loss
 from .masking import patchify
 from .parallel import shows_progress
@@ -114,19 +114,15 @@ class Contestant:
 
     def tasks(self, network: str, model: nn.Module, volume: Tensor) -> dict[str, Callable[[], Any]]:
         """Give the tasks it can do on a batch ``(B, 1, D, H, W)``."""
-        device = volume.device.type
-        dtype = autocast_dtype(self.precision, device)
-        autocast = torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        infer = AutocastInferer(self.precision, volume.device)
         target = patchify(volume, NETWORKS[network]["patch_size"])
 
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            with autocast:
-                loss = self._loss(model, volume, target)
-            loss.backward()
+            self._loss(infer(volume, model), target).backward()
 
         def extract(encode: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-            return torch.no_grad()(autocast(lambda: encode(volume)))
+            return torch.no_grad()(lambda: infer(volume, encode))
 
         if self.form == "vit_mae":
             return {
@@ -137,16 +133,12 @@ class Contestant:
             return {STEP: step}
         return {STEP: step, PATCH_FEATURES: extract(model.extract_features), FEATURES: extract(model.encoder)}
 
-    def _loss(self, model: nn.Module, volume: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, output: Any, target: Tensor) -> Tensor:
         if self.form != "vit_mae":
-            return MaskedL2Loss()(model(volume), target)
-        patches, masked = model(volume)
+            return MaskedL2Loss()(output, target)
+        patches, masked = output
         error = (patches.float() - target).square().mean(dim=-1)
         return (error * masked).sum() / masked.sum()
-
-
-class _PlainStem(nn.Sequential):
-    """The stem's layers one after the other, in whatever layout the volume comes."""
 
 
 def plain_form(model: BertsWinMAE) -> BertsWinMAE:
@@ -176,7 +168,7 @@ def plain_form(model: BertsWinMAE) -> BertsWinMAE:
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False
         )
         stage[0].load_state_dict(conv.state_dict())
-    encoder.swin, encoder.stem = layer, _PlainStem(*encoder.stem.stages, encoder.stem.proj)
+    encoder.swin, encoder.stem = layer, nn.Sequential(*encoder.stem.stages, encoder.stem.proj)
     return plain
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.data import load_decathlon_datalist
+from monai.data import MetaTensor, load_decathlon_datalist
 from monai.transforms import EnsureChannelFirst, LoadImage
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ __all__ = [
     "list_cases",
     "prepare_cases",
     "reason",
+    "resampled_shape",
     "split_cases",
     "volume_problem",
     "voxel_problem",
@@ -207,7 +208,7 @@ def volume_problem(
     affine = np.asarray(image.affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         return f"has an affine that maps voxels to no place in space: {affine[:3].round(6).tolist()}"
-    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    sides = np.asarray(image.pixdim)
     if sides.min() < PLAUSIBLE_MM[0] or sides.max() > PLAUSIBLE_MM[1]:
         return (
             f"has voxels of {' x '.join(f'{side:g}' for side in sides)} mm, where {PLAUSIBLE_MM[0]:g} to "
@@ -215,13 +216,19 @@ def volume_problem(
         )
     if problem := voxel_problem(np.asarray(image), modality, in_chans):
         return problem
-    resampled = image[0].numel() * (float(np.prod(sides) / np.prod(spacing)) if spacing else 1.0)
+    resampled = resampled_shape(image, spacing).prod()
     if resampled > MOST_VOXELS:
         return (
             f"would have {resampled:.2g} voxels at a spacing of {list(spacing or sides.round(3).tolist())} mm, more "
             f"than {MOST_VOXELS:.2g}: choose a larger --spacing, or crop it"
         )
     return None
+
+
+def resampled_shape(image: MetaTensor, spacing: Sequence[float] | None) -> np.ndarray:
+    """Tell what shape, in voxels, an image ``(C, D, H, W)`` will have at a spacing in mm; None: the one it has."""
+    shape = np.array(image.shape[1:], dtype=float)
+    return shape if spacing is None else np.ceil(shape * np.array(image.pixdim) / np.array(spacing))
 
 
 def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str | None:

@@ -15,7 +15,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from scipy import ndimage
 from torch import Tensor
 
-from .data import voxel_problem
+from .data import resampled_shape, voxel_problem
 
 __all__ = [
     "FieldOfViewd",
@@ -87,9 +87,7 @@ class RefuseHuged(_Refusing):
 
     def problem(self, image: Any) -> str | None:
         """Say how large a volume would be, if that is too large."""
-        shape = np.array(image.shape[1:], dtype=float)
-        if self.spacing is not None:
-            shape = np.ceil(shape * np.array(image.pixdim) / np.array(self.spacing))
+        shape = resampled_shape(image, self.spacing)
         if (voxels := image.shape[0] * shape.prod()) <= self.max_voxels:
             return None
         return (

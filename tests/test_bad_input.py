@@ -47,37 +47,24 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:-300])
 
 
-def wrong_header(folder):
-    write(folder, ramp(8, 8, 8))
-    path = folder / "bad.nii.gz"
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[70:72] = struct.pack("<h", 9999)  # the type of the voxels
-    path.write_bytes(gzip.compress(bytes(content)))
+def with_bytes(changes):
+    """Write a good volume, then other bytes into its header, by where they start."""
+
+    def make(folder):
+        write(folder, ramp(8, 8, 8))
+        path = folder / "bad.nii.gz"
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        for start, changed in changes.items():
+            content[start : start + len(changed)] = changed
+        path.write_bytes(gzip.compress(bytes(content)))
+
+    return make
 
 
-def claims_to_be_enormous(folder):
-    write(folder, ramp(8, 8, 8))
-    path = folder / "bad.nii.gz"
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[40:56] = struct.pack("<8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)
-    path.write_bytes(gzip.compress(bytes(content)))
-
-
-def flat_affine(folder):
-    write(folder, ramp(8, 8, 8))
-    path = folder / "bad.nii.gz"
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[312:328] = bytes(16)  # the third row of the affine
-    path.write_bytes(gzip.compress(bytes(content)))
-
-
-def zero_spacing(folder):
-    write(folder, ramp(8, 8, 8))
-    path = folder / "bad.nii.gz"
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    for row in (280, 296, 312):  # the affine's second column
-        content[row + 4 : row + 8] = bytes(4)
-    path.write_bytes(gzip.compress(bytes(content)))
+WRONG_TYPE = {70: struct.pack("<h", 9999)}  # of the voxels
+ENORMOUS = {40: struct.pack("<8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)}  # dimensions
+FLAT_AFFINE = {312: bytes(16)}  # its third row
+ZERO_SPACING = dict.fromkeys((284, 300, 316), bytes(4))  # the affine's second column
 
 
 def twice(folder):
@@ -109,15 +96,15 @@ def no_datalist(folder):
 # What the row of the table says first, how to make it, and the modality.
 VOLUMES = {
     "cut off": (truncated, "mr"),
-    "a header of something else": (wrong_header, "mr"),
-    "a header that claims too much": (claims_to_be_enormous, "mr"),
+    "a header of something else": (with_bytes(WRONG_TYPE), "mr"),
+    "a header that claims too much": (with_bytes(ENORMOUS), "mr"),
     "empty file": (lambda folder: (folder / "bad.nii.gz").write_bytes(b""), "mr"),
     "NaN or infinite voxels": (lambda folder: write(folder, with_voxel(np.nan)), "mr"),
     "constant": (lambda folder: write(folder, np.full((8, 8, 8), 7.0)), "mr"),
     "4D": (lambda folder: write(folder, ramp(8, 8, 8, 3)), "mr"),
     "a single slice": (lambda folder: write(folder, ramp(8, 8, 1)), "mr"),
-    "no place in space": (flat_affine, "mr"),
-    "zero spacing": (zero_spacing, "mr"),
+    "no place in space": (with_bytes(FLAT_AFFINE), "mr"),
+    "zero spacing": (with_bytes(ZERO_SPACING), "mr"),
     "absurd spacing": (with_spacing(1.0, 5000.0, 1.0), "mr"),
     "too large once resampled": (with_spacing(99.0, 99.0, 99.0), "mr"),
     "a label map": (lambda folder: write(folder, ramp(8, 8, 8).astype(np.uint8) % 3), "mr"),

@@ -35,9 +35,9 @@ def test_outputs_match_the_authors_implementation(path):
     }
     for name, output in outputs.items():
         torch.testing.assert_close(output, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    for skip, expected_skip in zip(skips, expected.get("skips", []), strict=False):
-        torch.testing.assert_close(skip, expected_skip, rtol=1e-5, atol=1e-5)
     assert len(skips) == len(expected.get("skips", skips))
+    for skip, expected_skip in zip(skips, expected.get("skips", skips), strict=True):
+        torch.testing.assert_close(skip, expected_skip, rtol=1e-5, atol=1e-5)
     positions = model.encoder.positions.flatten(2).mT
     torch.testing.assert_close(positions, reference["state_dict"]["pos_embed"], rtol=1e-5, atol=1e-6)
 
