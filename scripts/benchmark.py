@@ -9,8 +9,10 @@ commands print a table and leave it in `output_dir`, with the figures as JSON an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -26,24 +29,22 @@ from typing import Any
 from unittest import mock
 
 import fire
-import matplotlib as mpl
 import torch
+from einops import rearrange
 from ignite.handlers import BasicTimeProfiler
 from monai.bundle import ConfigWorkflow
-from monai.networks.nets import MaskedAutoEncoderViT
 from monai.networks.nets.swin_unetr import BasicLayer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .bertswin_mae import BertsWinMAE
+from .benchmark_report import FEATURES, PATCH_FEATURES, STEP, TITLES, networks_table, plot_ratios, plot_scaling
+from .bertswin_mae import BertsWinMAE, ConvDecoder
 from .engine import AutocastInferer, autocast_dtype
 from .losses import MaskedL2Loss
 from .masking import patchify
 from .parallel import shows_progress
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+from .vit_mae import ViTMAE
 
 __all__ = ["Contestant", "data", "networks", "plain_form"]
 
@@ -54,8 +55,6 @@ NETWORKS = {
     "small": {"patch_size": 8, "width": 192, "depth": 6, "heads": 6, "window": 3, "decoder_width": 256},
     "tiny": {"patch_size": 8, "width": 48, "depth": 2, "heads": 4, "window": 2, "decoder_width": 32},
 }
-TASKS = STEP, PATCH_FEATURES, FEATURES = "training step", "features, patches", "features, volume"
-TITLES = {"bertswin": "BertsWin", "plain": "plain eager BertsWin", "vit_mae": "MONAI ViT-MAE"}
 LINUX_STATUS = Path("/proc/self/status")
 MATRIX_SIDE = 4096  # of the products that the machine's rate is measured with
 
@@ -82,23 +81,10 @@ class Contestant:
         """Build it for volumes of img_size³ voxels."""
         torch.manual_seed(0)
         size = NETWORKS[network]
-        if self.form == "vit_mae":
-            model = MaskedAutoEncoderViT(
-                1,
-                img_size,
-                size["patch_size"],
-                size["width"],
-                4 * size["width"],
-                size["depth"],
-                size["heads"],
-                decoder_hidden_size=size["width"] // 2,
-                decoder_mlp_dim=2 * size["width"],
-                decoder_num_heads=size["heads"],
-                qkv_bias=True,
+        if self.form == "vit_mae":  # its decoder half as wide, which is MONAI's proportion
+            return ViTMAE(
+                [img_size] * 3, size["patch_size"], 1, size["width"], size["depth"], size["heads"], size["width"] // 2
             )
-            # It puts tokens into a float32 tensor, which fails under autocast without this.
-            model.decoder_embed.register_forward_hook(lambda module, inputs, output: output.float())
-            return model
         model = BertsWinMAE(
             img_size,
             size["patch_size"],
@@ -119,7 +105,7 @@ class Contestant:
 
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            self._loss(infer(volume, model), target).backward()
+            MaskedL2Loss()(infer(volume, model), target).backward()
 
         def extract(encode: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
             return torch.no_grad()(lambda: infer(volume, encode))
@@ -133,19 +119,21 @@ class Contestant:
             return {STEP: step}
         return {STEP: step, PATCH_FEATURES: extract(model.extract_features), FEATURES: extract(model.encoder)}
 
-    def _loss(self, output: Any, target: Tensor) -> Tensor:
-        if self.form != "vit_mae":
-            return MaskedL2Loss()(output, target)
-        patches, masked = output
-        error = (patches.float() - target).square().mean(dim=-1)
-        return (error * masked).sum() / masked.sum()
+
+class PlainDecoder(ConvDecoder):
+    """The decoder as convolutions of a volume."""
+
+    def rebuild_patches(self, features: Tensor) -> Tensor:
+        """Map features ``(B, C, D/P, H/P, W/P)`` to patches ``(B, N, P³ · out_channels)``."""
+        tokens = self.embed(rearrange(features, "b c d h w -> b d h w c"))
+        return patchify(self.head(rearrange(tokens, "b d h w c -> b c d h w")), self.patch_size)
 
 
 def plain_form(model: BertsWinMAE) -> BertsWinMAE:
-    """Copy a network, its stem and blocks replaced by the same arithmetic in plain eager PyTorch.
+    """Copy a network, all of its parts replaced by the same arithmetic in plain eager PyTorch.
 
     This is how the authors' implementation computes: MONAI's Swin layer, which keeps the attention matrices for the way
-    back, and convolutions with the channels first.
+    back, and convolutions of volumes.
 
     Args:
         model: left as it is.
@@ -169,6 +157,9 @@ def plain_form(model: BertsWinMAE) -> BertsWinMAE:
         )
         stage[0].load_state_dict(conv.state_dict())
     encoder.swin, encoder.stem = layer, nn.Sequential(*encoder.stem.stages, encoder.stem.proj)
+    embed, last = model.decoder.embed, model.decoder.head[-1]
+    plain.decoder = PlainDecoder(embed.in_features, embed.out_features, model.decoder.patch_size, last.out_channels)
+    plain.decoder.load_state_dict(model.decoder.state_dict())
     return plain
 
 
@@ -203,13 +194,12 @@ def networks(
     precisions = ["fp32"] if low == "fp32" else ["fp32", low]
     contestants = [Contestant(form, p) for form, p in product(TITLES, precisions)]
     contestants.insert(len(precisions), Contestant("bertswin", low, checkpointing=True))
-    rows = []
+    report: dict[str, Any] = {"machine": _machine(device), "network": network, "repeats": repeats, "rows": []}
     for img_size, batch_size in product(_sequence(img_sizes), _sequence(batch_sizes)):
-        rows += _measure(network, img_size, batch_size, contestants, torch.device(device), repeats)
-    report = {"machine": _machine(device), "network": network, "repeats": repeats, "rows": rows}
-    folder = _write("networks", report, table := _networks_table(rows), output_dir)
-    _plot_ratios(rows, folder / "ratios.png")
-    _plot_scaling(rows, folder / "scaling.png")
+        report["rows"] += _measure(network, img_size, batch_size, contestants, torch.device(device), repeats)
+        folder = _write("networks", report, table := networks_table(report["rows"]), output_dir)  # what is there by now
+        plot_ratios(report["rows"], folder / "ratios.png")
+        plot_scaling(report["rows"], folder / "scaling.png")
     print(f"{table}\n\nwrote {folder}")
 
 
@@ -229,7 +219,8 @@ def data(
         output_dir: for ``data.json`` and ``data.md``.
         knobs: of the config, over its own.
     """
-    report: dict[str, Any] = {"machine": _machine("cpu"), "config_file": list(config_file), "rows": []}
+    device = knobs.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    report: dict[str, Any] = {"machine": _machine(device), "config_file": list(config_file), "rows": []}
     for cache in ("memory", "none"):
         with tempfile.TemporaryDirectory() as folder:
             overrides = {"dataset_dir": dataset_dir, "cache": cache, "output_dir": folder} | knobs
@@ -280,13 +271,13 @@ def _measure(
     models = {c: c.build(network, img_size).to(device) for c in contestants}
     tasks = {c: c.tasks(network, model, volume) for c, model in models.items()}
     parameters = {c: sum(p.numel() for p in model.parameters()) for c, model in models.items()}
-    flops = {}
+    flops: dict[tuple[str, str], int] = {}
     for form in TITLES:
         counted = Contestant("plain" if form == "bertswin" else form, "fp32")  # the same arithmetic
         for name, task in tasks[counted].items():
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter, contextlib.suppress(torch.OutOfMemoryError):
                 task()
-            flops[form, name] = counter.get_total_flops()
+                flops[form, name] = counter.get_total_flops()
     seconds: dict[tuple[Contestant, str], list[float]] = {(c, name): [] for c in contestants for name in tasks[c]}
     rates: dict[str, list[float]] = {c.precision: [] for c in contestants}
     rounds = tqdm(
@@ -295,44 +286,62 @@ def _measure(
     for number in rounds:
         for precision, measured in rates.items():
             measured.append(_matrix_rate(autocast_dtype(precision, device) or torch.float32, device))
-        for (contestant, name), measured in seconds.items():
+        order = list(seconds)
+        # Every round starts with another one, so that none always follows the same neighbour.
+        for contestant, name in order[number % len(order) :] + order[: number % len(order)]:
             elapsed = _timed(tasks[contestant][name], device)
             if number:  # the first round warms up
-                measured.append(elapsed)
-    del models, tasks
-    peaks = {c: _peak_memory(c, network, img_size, batch_size, device.type) for c in contestants}
+                seconds[contestant, name].append(elapsed)
+    del models, tasks, volume
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes that measure memory
+    peaks = {c: _peak_memory(c, network, img_size, batch_size, str(device)) for c in contestants}
     reference = Contestant("plain", "fp32")  # which can do all tasks
     rows = []
     for (contestant, name), measured in seconds.items():
-        against = seconds[reference, name]
-        rate, arithmetic = statistics.median(rates[contestant.precision]), flops[contestant.form, name]
-        rows.append(
-            {
-                "contestant": str(contestant),
-                **asdict(contestant),
-                "task": name,
-                "img_size": img_size,
-                "batch_size": batch_size,
-                "parameters": parameters[contestant],
-                "flops": arithmetic,
-                "seconds": statistics.median(measured),
-                "fastest": min(measured),
-                "slowest": max(measured),
-                "of_plain_fp32": statistics.median(a / b for a, b in zip(measured, against, strict=True)),
-                "matrix_flops_per_second": rate,
-                "of_matrix_rate": arithmetic / statistics.median(measured) / rate,
-                "peak_bytes": peaks[contestant][name],
-            }
-        )
-    for row in rows:
-        row["memory_of_plain_fp32"] = row["peak_bytes"] and row["peak_bytes"] / peaks[reference][row["task"]]
+        rate, arithmetic = statistics.median(rates[contestant.precision]), flops.get((contestant.form, name))
+        against, peak, their_peak = seconds[reference, name], peaks[contestant][name], peaks[reference][name]
+        row = {
+            "contestant": str(contestant),
+            **asdict(contestant),
+            "task": name,
+            "img_size": img_size,
+            "batch_size": batch_size,
+            "parameters": parameters[contestant],
+            "flops": arithmetic,
+            # What does not fit in memory has no time, and no share of anything.
+            "seconds": _median(measured),
+            "fastest": _finite(min(measured)),
+            "slowest": _finite(max(measured)),
+            "of_plain_fp32": _median([a / b for a, b in zip(measured, against, strict=True) if math.isfinite(b)]),
+            "matrix_flops_per_second": rate,
+            "of_matrix_rate": None,
+            "peak_bytes": peak,
+            "memory_of_plain_fp32": peak / their_peak if peak and their_peak else None,
+        }
+        if row["seconds"] and arithmetic:
+            row["of_matrix_rate"] = arithmetic / row["seconds"] / rate
+        rows.append(row)
     return rows
 
 
+def _median(values: Sequence[float]) -> float | None:
+    return _finite(statistics.median(values)) if values else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _timed(task: Callable[[], Any], device: torch.device) -> float:
+    """Seconds a task takes; infinity, when the GPU's memory does not hold it."""
     _synchronise(device)
     start = time.perf_counter()
-    task()
+    try:
+        task()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return math.inf
     _synchronise(device)
     return time.perf_counter() - start
 
@@ -344,7 +353,8 @@ def _synchronise(device: torch.device) -> None:
 
 def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second in the product of two large matrices, the best of three."""
-    matrix = torch.ones(MATRIX_SIDE, MATRIX_SIDE, dtype=dtype, device=device)
+    # Random, since a GPU draws less power, and runs faster, on ones.
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, dtype=dtype, device=device)
     return 2 * MATRIX_SIDE**3 / min(_timed(lambda: matrix @ matrix, device) for _ in range(3))
 
 
@@ -358,9 +368,9 @@ def _peak_memory(
     """
     with (
         mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}),
-        multiprocessing.get_context("spawn").Pool(1) as pool,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,  # which notices when it is killed
     ):
-        return pool.apply(_peak_memory_here, (contestant, network, img_size, batch_size, device))
+        return pool.submit(_peak_memory_here, contestant, network, img_size, batch_size, device).result()
 
 
 def _peak_memory_here(
@@ -372,17 +382,21 @@ def _peak_memory_here(
     tasks = contestant.tasks(network, contestant.build(network, img_size).to(device), volume)
     peaks: dict[str, int | None] = {}
     for name in reversed(tasks):  # the training step, which leaves gradients behind, last
-        _forget_peak(on_cpu)
-        for _ in range(2 if name == STEP else 1):  # as in training, with the gradients of the step before
-            tasks[name]()
+        _forget_peak(device)
+        try:
+            for _ in range(2 if name == STEP else 1):  # as in training, with the gradients of the step before
+                tasks[name]()
+        except torch.OutOfMemoryError:
+            peaks[name] = None
+            continue
         peak = _resident("VmHWM") if on_cpu else torch.cuda.max_memory_allocated(device)
         peaks[name] = None if peak is None or before is None else peak - before
     return peaks
 
 
-def _forget_peak(on_cpu: bool) -> None:
-    if not on_cpu:
-        torch.cuda.reset_peak_memory_stats()
+def _forget_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
     elif LINUX_STATUS.exists():
         LINUX_STATUS.with_name("clear_refs").write_text("5")
 
@@ -410,83 +424,6 @@ def _time_transforms(workflow: ConfigWorkflow, volumes: int = 16) -> dict[str, f
     return dict(sorted(seconds.items(), key=lambda entry: -entry[1]))
 
 
-def _networks_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| size | task | contestant | parameters | TFLOP | seconds (fastest to slowest) | time of plain fp32 "
-        "| of matrix rate | peak memory | memory of plain fp32 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: (row["img_size"], row["batch_size"], TASKS.index(row["task"]))):
-        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
-        lines.append(
-            f"| {row['batch_size']} of {row['img_size']}³ | {row['task']} | {row['contestant']} "
-            f"| {row['parameters'] / 1e6:.1f} M | {row['flops'] / 1e12:.3g} "
-            f"| {row['seconds']:.3g} ({row['fastest']:.3g} to {row['slowest']:.3g}) | {_ratio(row['of_plain_fp32'])} "
-            f"| {row['of_matrix_rate']:.0%} | {memory} | {_ratio(row['memory_of_plain_fp32'])} |"
-        )
-    return "\n".join(lines)
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _plot_ratios(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of time for every task at the largest size, as a share of the plain form's."""
-    most = max(row["img_size"] ** 3 * row["batch_size"] for row in rows)
-    rows = [row for row in rows if row["img_size"] ** 3 * row["batch_size"] == most]
-    names = [name for name in TASKS if any(row["task"] == name for row in rows)]
-    styles = _styles(rows)
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), sharey=True, layout="constrained")
-    for axis, name in zip(axes, names, strict=True):
-        ratios = {row["contestant"]: row["of_plain_fp32"] for row in rows if row["task"] == name}
-        values = [ratios.get(contestant, 0) for contestant in styles]
-        bars = axis.barh(list(styles), values, color=[style["color"] for style in styles.values()])
-        axis.bar_label(bars, [f" {value:.2f}" if value else " cannot" for value in values])
-        axis.set(title=name, xlim=(0, 1.2 * max(values)), xlabel="time / plain eager fp32")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time against voxels at the smallest batch."""
-    rows = [row for row in rows if row["batch_size"] == min(row["batch_size"] for row in rows)]
-    names = [name for name in TASKS if any(row["task"] == name for row in rows)]
-    styles, sizes = _styles(rows), sorted({row["img_size"] for row in rows})
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained")
-    for axis, name in zip(axes, names, strict=True):
-        for contestant, style in styles.items():
-            points = [
-                (row["img_size"] ** 3, row["seconds"])
-                for row in rows
-                if row["task"] == name and row["contestant"] == contestant
-            ]
-            if points:
-                axis.loglog(*zip(*points, strict=True), marker="o", label=contestant, **style)
-        axis.set_xticks([size**3 for size in sizes], [f"{size}³" for size in sizes])
-        axis.minorticks_off()
-        axis.set(title=name, xlabel="voxels")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A colour for each form, and solid lines for the low precision."""
-    colours = dict(zip(TITLES, ("tab:blue", "tab:grey", "tab:orange"), strict=True))
-    return {
-        row["contestant"]: {
-            "color": "tab:cyan" if row["checkpointing"] else colours[row["form"]],
-            "linestyle": "--" if row["precision"] == "fp32" else "-",
-        }
-        for row in rows
-    }
-
-
 def _write(name: str, report: dict[str, Any], table: str, output_dir: str) -> Path:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -502,6 +439,7 @@ def _machine(device: str) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "float32_products": torch.get_float32_matmul_precision(),  # "highest": no TF32
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .encoder import BertsWinEncoder, initialise_weights
-from .masking import patchify, random_masking
+from .masking import random_masking, unpatchify
 from .swin import maybe_checkpointed
 
 __all__ = ["BertsWinMAE", "ConvDecoder", "bertswin_mae_base_patch16_224", "bertswin_mae_small_patch8_48x64x48"]
@@ -21,6 +22,10 @@ UPSAMPLING = {2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (4, 2, 2), 32: (4, 4
 
 class ConvDecoder(nn.Module):
     """Light decoder: a linear layer and three up-sampling convolutions turn the grid of tokens back into voxels.
+
+    No kernel reaches over the border of what it unfolds, so the convolutions are products of matrices, and only the
+    last voxels need to be put in their places. (That also keeps the channels first for the group norms, which PyTorch
+    computes a thousand times less exactly with the channels last, in float32 on the CPU.)
 
     Args:
         encoder_embed_dim: width of the tokens.
@@ -39,7 +44,7 @@ class ConvDecoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.patch_size = activation_checkpointing, patch_size
         first, second, third = UPSAMPLING[patch_size]
         self.embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
         self.head = nn.Sequential(
@@ -52,14 +57,21 @@ class ConvDecoder(nn.Module):
             _upsample(16, out_channels, third),
         )
         self.apply(initialise_weights)
+        order = _order_in_patch(out_channels, first, second, third)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``(B, C, D/P, H/P, W/P)`` to a volume ``(B, out_channels, D, H, W)``."""
-        tokens = self.embed(rearrange(features, "b c d h w -> b d h w c"))
-        volume = rearrange(tokens, "b d h w c -> b c d h w")
+        return unpatchify(self.rebuild_patches(features), self.patch_size, features.shape[2:])
+
+    def rebuild_patches(self, features: Tensor) -> Tensor:
+        """Map features ``(B, C, D/P, H/P, W/P)`` to patches ``(B, N, P³ · out_channels)``."""
+        hidden = self.embed(rearrange(features, "b c d h w -> b (d h w) c")).mT
         for part in (self.head[:3], self.head[3:]):  # in two, so that only one holds its activations at a time
-            volume = maybe_checkpointed(part, volume, self.activation_checkpointing)
-        return volume
+            hidden = maybe_checkpointed(partial(_unfold, part), hidden, self.activation_checkpointing)
+        voxels = hidden.unflatten(2, (-1, features.shape[2:].numel())).flatten(1, 2)
+        return _VoxelsInPlace.apply(voxels, self.order, self.inverse_order)
 
 
 class BertsWinMAE(nn.Module):
@@ -155,10 +167,10 @@ class BertsWinMAE(nn.Module):
         else:
             masked = self._patch_mask("masked", masked, volume)
         tokens = self.embed_visible(volume, valid & ~masked)
-        reconstruction = self.decoder(self.encoder.attend(tokens))
+        patches = self.decoder.rebuild_patches(self.encoder.attend(tokens))
         return {
-            "reconstructed_cube": reconstruction,
-            "reconstructed_patches": patchify(reconstruction, self.encoder.patch_size),
+            "reconstructed_cube": unpatchify(patches, self.encoder.patch_size, self.encoder.grid_size),
+            "reconstructed_patches": patches,
             "mae_mask_1d": (valid & masked).float(),
             "valid_for_masking_mask": valid,
         }
@@ -261,3 +273,46 @@ def _upsample(c_in: int, c_out: int, stride: int) -> nn.Module:
     if stride == 1:
         return nn.Conv3d(c_in, c_out, kernel_size=1)
     return nn.ConvTranspose3d(c_in, c_out, kernel_size=stride, stride=stride)
+
+
+def _unfold(layers: nn.Sequential, hidden: Tensor) -> Tensor:
+    """Apply layers of the decoder's head to ``(B, channels, M)``: a convolution unfolds each of M places into k³."""
+    for layer in layers:
+        if isinstance(layer, nn.Conv3d | nn.ConvTranspose3d):
+            weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose3d) else layer.weight
+            weight = rearrange(weight, "c_out c_in p q r -> (c_out p q r) c_in")
+            bias = layer.bias.repeat_interleave(len(weight) // layer.out_channels)
+            hidden = torch.baddbmm(bias[:, None], weight.expand(len(hidden), -1, -1), hidden)
+            hidden = hidden.unflatten(1, (layer.out_channels, -1)).flatten(2)
+        else:
+            hidden = layer(hidden)
+    return hidden
+
+
+def _order_in_patch(channels: int, first: int, second: int, third: int) -> Tensor:
+    """Tell from which place each value of a patch comes, where the last stage's kernel varies slowest."""
+    places = torch.arange(channels * (first * second * third) ** 3)
+    return rearrange(
+        places,
+        "(c p3 q3 r3 p2 q2 r2 p1 q1 r1) -> (p1 p2 p3 q1 q2 q3 r1 r2 r3 c)",
+        **dict.fromkeys(("p1", "q1", "r1"), first),
+        **dict.fromkeys(("p2", "q2", "r2"), second),
+        **dict.fromkeys(("p3", "q3", "r3"), third),
+    )
+
+
+class _VoxelsInPlace(torch.autograd.Function):
+    """Turn ``(B, K, N)`` into ``(B, N, K)`` with the K values in another order: rows are gathered, then transposed.
+
+    One volume at a time, since PyTorch transposes matrices fast but not batches of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order: Tensor, inverse_order: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_order)
+        return torch.stack([value.index_select(0, order).T.contiguous() for value in values])
+
+    @staticmethod
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_order,) = ctx.saved_tensors
+        return torch.stack([grad.T.contiguous().index_select(0, inverse_order) for grad in grads]), None, None

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from . import checkpoints, parallel
 from .bertswin_mae import BertsWinMAE
 from .losses import MaskedL2Loss, MaskedLoss, SumOfLosses
-from .masking import patchify
+from .masking import unpatchify
 
 __all__ = ["StemTuning", "StemTuningLoss", "StemTuningMetrics", "StemTuningReport", "load_original"]
 
@@ -111,9 +111,9 @@ class StemTuning(nn.Module):
             patch_features = self.original.extract_features(volume)
         out = {"features": features, "patch_features": patch_features}
         if self.objective != "distillation" or not self.training:
-            reconstruction = self.network.decoder(features)
-            out["reconstructed_cube"] = reconstruction
-            out["reconstructed_patches"] = patchify(reconstruction, self.network.encoder.patch_size)
+            patches, encoder = self.network.decoder.rebuild_patches(features), self.network.encoder
+            out["reconstructed_cube"] = unpatchify(patches, encoder.patch_size, encoder.grid_size)
+            out["reconstructed_patches"] = patches
             out["mae_mask_1d"] = volume.new_ones(volume.shape[0], self.network.encoder.num_patches)
         if not self.training:
             out["patch_mode_cube"] = self.original.decoder(patch_features)
