@@ -99,7 +99,8 @@ class MaskedL2Loss(MaskedLoss):
         if self.normalise_target:
             mean, deviation = self._statistics(target)
             target = (target - mean) / deviation
-        return {"l2": (F.mse_loss(prediction, target, reduction="none").mean(dim=-1), 1.0)}
+        difference = prediction - target
+        return {"l2": (torch.linalg.vecdot(difference, difference) / difference.shape[-1], 1.0)}
 
     def restore(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Put predicted patches ``(B, N, P³·C)`` back on the intensity scale, by the statistics of the target's."""

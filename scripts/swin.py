@@ -208,7 +208,7 @@ class _RecomputedAttention(torch.autograd.Function):
             (logits_grad,) = torch.autograd.grad(probabilities, logits, grad @ value.mT)
             part_grads = [logits_grad @ key * scale, logits_grad.mT @ query, probabilities.detach().mT @ grad]
             qkv_grads.append(torch.cat([join_heads(part_grad, part.shape[1]) for part_grad in part_grads], dim=-1))
-            bias_grad += logits_grad.sum(0)
+            bias_grad += logits_grad.sum(0, dtype=bias_grad.dtype)  # and not two types added: that is slow
         table_grad = torch.zeros_like(table.t()).index_add_(1, index.flatten(), bias_grad.flatten(1)).t()
         return torch.cat(qkv_grads, dim=1), table_grad, None, None
 
