@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
+from monai.data import CacheDataset, Dataset, PersistentDataset, get_track_meta, pickle_hashing, set_track_meta
 from monai.transforms import Compose
 from monai.utils import convert_to_tensor
 from torch.utils.data import DistributedSampler
@@ -118,7 +118,13 @@ class DrawnDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         self.dataset.transform.set_random_state(seed=draw.seed)
-        item = self.dataset[draw.index]
+        # Prepared volumes are plain tensors: keeping MONAI's records of each crop would take a fifth of a draw.
+        tracked = get_track_meta()
+        set_track_meta(tracked and not isinstance(self.dataset, CacheDataset))
+        try:
+            item = self.dataset[draw.index]
+        finally:
+            set_track_meta(tracked)
         item = item[0] if isinstance(item, list) else item  # MONAI's crops that could take several give a list
         return {**item, "seed": draw.seed}
 
@@ -183,7 +189,13 @@ def build_dataset(
             )
         data = data[parallel.rank() :: parallel.world_size()]
     if cache == "memory":
-        return CacheDataset(data, transform, num_workers=max(1, num_workers), progress=parallel.shows_progress())
+        return CacheDataset(
+            data,
+            transform,
+            num_workers=max(1, num_workers),
+            progress=parallel.shows_progress(),
+            copy_cache=False,  # which takes longer than a crop does; no transform here writes into its input
+        )
     if cache == "disk":
         if cache_dir is None:
             raise ValueError("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")

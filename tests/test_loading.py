@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_KNOBS, write_volume
+from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose, Lambdad, RandGaussianNoised, ScaleIntensityd
 
 from scripts.loading import DrawnDataset, DrawSampler, build_dataset
@@ -163,3 +164,28 @@ def fill(folder):
 
 def _ramp(_):
     return torch.arange(100_000.0)
+
+
+@pytest.mark.parametrize("modality", ["mr", "ct"])
+def test_draws_leave_what_the_cache_keeps_as_it_was(modality, tmp_path):
+    for number in range(3):
+        write_volume(tmp_path / "scans" / f"{number}.nii.gz", seed=number, low=-1000.0)
+    knobs = TINY_KNOBS | {
+        "dataset_dir": str(tmp_path / "scans"),
+        "output_dir": str(tmp_path / "out"),
+        "modality": modality,
+        "num_workers": 0,
+        "affine_prob": 0.5,
+        "flip_prob": 1.0,
+        "hu_warp_prob": 1.0,
+        "ct_noise_prob": 1.0,
+        "iterations_per_epoch": 8,
+    }
+    files = [str(ROOT / "configs" / name) for name in ("train.yaml", "small.yaml")]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **knobs)
+    workflow.initialize()
+    cache = workflow.parser.get_parsed_content("train::dataset")._cache
+    before = [item["image"].clone() for item in cache]
+    for batch in workflow.parser.get_parsed_content("train::dataloader"):
+        batch["image"].zero_()  # what is handed out is a copy
+    assert all(torch.equal(item["image"], image) for item, image in zip(cache, before, strict=True))
