@@ -1,5 +1,7 @@
 """BertsWinMAE: 3D masked auto-encoder pre-training for medical volumes, as a MONAI bundle."""
 
+from pathlib import Path
+
 import monai.networks.nets
 
 from .bertswin_mae import BertsWinMAE, ConvDecoder, bertswin_mae_base_patch16_224, bertswin_mae_small_patch8_48x64x48
@@ -12,6 +14,7 @@ __all__ = [
     "ConvDecoder",
     "bertswin_mae_base_patch16_224",
     "bertswin_mae_small_patch8_48x64x48",
+    "bundle_root",
     "patchify",
     "random_masking",
     "unpatchify",
@@ -20,3 +23,10 @@ __all__ = [
 # Registered, so that a config anywhere can say `_target_: monai.networks.nets.BertsWinMAE`.
 monai.networks.nets.BertsWinMAE = BertsWinMAE
 monai.networks.nets.BertsWinEncoder = BertsWinEncoder
+
+
+def bundle_root() -> Path:
+    """Tell where the bundle lies, the folder of ``configs`` and ``models``: within the package or around it."""
+    package = Path(__file__).resolve().parent
+    installed = package / "bundle"
+    return installed if installed.is_dir() else package.parent

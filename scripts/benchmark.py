@@ -46,7 +46,7 @@ from .masking import patchify
 from .parallel import shows_progress
 from .vit_mae import ViTMAE
 
-__all__ = ["Contestant", "data", "networks", "plain_form"]
+__all__ = ["Contestant", "data", "networks", "plain_form", "time_training"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -222,27 +222,19 @@ def data(
     device = knobs.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     report: dict[str, Any] = {"machine": _machine(device), "config_file": list(config_file), "rows": []}
     for cache in ("memory", "none"):
-        with tempfile.TemporaryDirectory() as folder:
-            overrides = {"dataset_dir": dataset_dir, "cache": cache, "output_dir": folder} | knobs
-            overrides |= {"val_interval": epochs + 2, "max_epochs": epochs + 1}
-            workflow = ConfigWorkflow(config_file=list(config_file), workflow_type="train", **overrides)
-            workflow.initialize()
-            trainer = workflow.parser.get_parsed_content("train::trainer")
-            profiler = BasicTimeProfiler()
-            profiler.attach(trainer)
-            workflow.run()
-            kept = slice(trainer.state.epoch_length, None)
-            waited, stepped = (times[kept] for times in (profiler.dataflow_times, profiler.processing_times))
-            batch_size = workflow.parser.get_parsed_content("batch_size")
-            report["rows"].append(
-                {
-                    "cache": cache,
-                    "wait_seconds": waited.mean().item(),
-                    "step_seconds": stepped.mean().item(),
-                    "waiting_share": (waited.sum() / (waited.sum() + stepped.sum())).item(),
-                    "volumes_per_second": batch_size / (waited + stepped).mean().item(),
-                }
-            )
+        workflow, waited, stepped = time_training(
+            config_file, epochs, **({"dataset_dir": dataset_dir, "cache": cache} | knobs)
+        )
+        report["rows"].append(
+            {
+                "cache": cache,
+                "wait_seconds": waited.mean().item(),
+                "step_seconds": stepped.mean().item(),
+                "waiting_share": (waited.sum() / (waited.sum() + stepped.sum())).item(),
+                "volumes_per_second": workflow.parser.get_parsed_content("batch_size")
+                / (waited + stepped).mean().item(),
+            }
+        )
     report["preparation"] = _time_transforms(workflow)
     lines = [
         "| cache | waiting for data | step | share of waiting | volumes/s |",
@@ -261,6 +253,29 @@ def data(
     ]
     folder = _write("data", report, table := "\n".join(lines), output_dir)
     print(f"{table}\n\nwrote {folder}")
+
+
+def time_training(config_file: Sequence[str], epochs: int, **knobs: Any) -> tuple[ConfigWorkflow, Tensor, Tensor]:
+    """Train for some epochs after one that is not counted, and look at the clock.
+
+    Args:
+        config_file: of the training.
+        epochs: that count.
+        knobs: of the config, over its own.
+
+    Returns:
+        The workflow, and for each iteration the seconds that it waited for data and those that it worked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = knobs | {"output_dir": folder, "val_interval": epochs + 2, "max_epochs": epochs + 1}
+        workflow = ConfigWorkflow(config_file=list(config_file), workflow_type="train", **overrides)
+        workflow.initialize()
+        trainer = workflow.parser.get_parsed_content("train::trainer")
+        profiler = BasicTimeProfiler()
+        profiler.attach(trainer)
+        workflow.run()
+    kept = slice(trainer.state.epoch_length, None)
+    return workflow, profiler.dataflow_times[kept], profiler.processing_times[kept]
 
 
 def _measure(

@@ -25,6 +25,7 @@ __all__ = [
     "causes",
     "check_cases",
     "find_cases",
+    "labelled",
     "list_cases",
     "prepare_cases",
     "reason",
@@ -113,7 +114,7 @@ def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> d
     Returns:
         ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
         is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix (so that the split by
-        name is the same wherever the dataset lies); and where a datalist names them ``label`` (path) and
+        name is the same wherever the dataset lies); and where a datalist names them ``label`` (path), ``class`` and
         ``field_of_view``, the arguments of :func:`bertswin_mae.transforms.cylinder`.
 
     Raises:
@@ -289,6 +290,28 @@ def case_seed(case: str, seed: int) -> int:
     return _hash(f"{seed}/{case}") >> 1  # fits a signed 64-bit integer
 
 
+def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: str = "label") -> list[Case]:
+    """Keep the cases that come with a label.
+
+    Args:
+        cases: from :func:`find_cases`.
+        most: keep so many at the most: those whose names have the smallest hash.
+        seed: another one keeps others.
+        by: ``label``, a map, or ``class``.
+
+    Raises:
+        ValueError: when there are none, or fewer than are asked for.
+    """
+    kept = [case for case in cases if by in case]
+    if not kept:
+        raise ValueError(f"none of the cases has a {by}: a Decathlon folder or a datalist that gives them is needed")
+    if most is None:
+        return kept
+    if most > len(kept):
+        raise ValueError(f"num_train_cases {most} is more than the {len(kept)} labelled training cases that there are")
+    return sorted(kept, key=lambda case: case_seed(case["case"], seed))[:most]
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Walk from an error back through what led to it, itself first."""
     link: BaseException | None = error
@@ -387,7 +410,8 @@ def _has_image(item: Any) -> bool:
 def _listed_case(item: dict[str, Any], root: Path) -> Case:
     label = {"label": str(item["label"])} if Path(str(item.get("label", ""))).is_file() else {}
     fov = {"field_of_view": item["field_of_view"]} if "field_of_view" in item else {}
-    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label, **fov}
+    known = {"class": str(item["class"])} if "class" in item else {}
+    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label, **fov, **known}
 
 
 def _is_cylinder(fov: Any) -> bool:

@@ -1,9 +1,10 @@
-"""A frozen probe: how much of the labels can be read off the features, token by token, by a linear map."""
+"""A frozen probe: how much of the labels can be read off the features, of each token and of each volume."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,33 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from .data import case_seed
-
-__all__ = ["TokenProbe", "fit_ridge", "label_fractions", "labelled", "r_squared"]
+__all__ = [
+    "FrozenProbe",
+    "accuracy",
+    "fit_neighbours",
+    "fit_ridge",
+    "label_fractions",
+    "probe_embeddings",
+    "r_squared",
+]
 
 logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**power for power in range(-4, 5))
+NEIGHBOURS = (1, 2, 3, 5, 10, 20, 40)
 
 
-class TokenProbe:
-    """Fit a ridge regression from token features to the share of each label in the token's patch.
+class FrozenProbe:
+    """Read labels off frozen features: token by token, and off the embedding of each volume.
 
-    The penalty is chosen on a part of the training cases; the validation cases are looked at once, for the score.
+    From the tokens, a ridge regression predicts the share of each label in the token's patch. From a volume's
+    embedding, the mean of its tokens, a ridge regression and the nearest neighbours predict how much of each label is
+    in the volume, or the class of the case. Penalties and numbers of neighbours are chosen on a part of the training
+    cases; the validation cases are looked at once, for the scores.
 
     Args:
-        encode: maps a volume ``(B, 1, D, H, W)`` to features ``(B, C, D/P, H/P, W/P)``.
-        train_loader: batches of ``image`` and ``label``.
+        encode: maps a volume ``(B, C, D, H, W)`` to features ``(B, C, D/P, H/P, W/P)``.
+        train_loader: batches of ``image`` and ``label``, or of ``image`` and ``class``.
         val_loader: the same, of other cases.
         num_labels: labels besides background, numbered from 1.
         patch_size: P, in voxels.
@@ -54,45 +65,97 @@ class TokenProbe:
         """Encode, fit, score, and write the report.
 
         Returns:
-            ``r2``, the share of the variance of the label fractions that the probe explains on validation, averaged
-            over labels; ``r2_standard_error``, by bootstrap over the validation cases; ``r2_by_label``; the
-            ``penalty``; the numbers of cases.
+            Of the tokens, where there are label maps: ``r2``, the share of the variance of the label fractions that is
+            explained on validation, averaged over labels; ``r2_standard_error``, by bootstrap over the validation
+            cases; ``r2_by_label``; the ``penalty``. Of the ``embedding``: ``linear`` and ``neighbours``, the share of
+            the variance explained, or with classes the share of the cases classified rightly (and ``majority``, what
+            the most frequent class alone would score); their ``penalty`` and ``k``. And the numbers of cases.
         """
-        train_x, train_y = self._tokens(self.train_loader, "encoding training cases")
-        val_x, val_y = self._tokens(self.val_loader, "encoding validation cases")
-        mean, scale = train_x.mean(dim=(0, 1)), train_x.std(dim=(0, 1)).clamp(min=1e-6)
-        train_x, val_x = ((features - mean) / scale for features in (train_x, val_x))
-        penalty = _choose_penalty(train_x, train_y)
-        prediction = fit_ridge(train_x, train_y, penalty)(val_x)
-        scores = r_squared(prediction, val_y)
-        report = {
-            **self.about,
-            "r2": scores.nanmean().item(),
-            "r2_standard_error": _standard_error(prediction, val_y),
-            "r2_by_label": scores.tolist(),
-            "penalty": penalty,
-            "training_cases": len(train_x),
-            "validation_cases": len(val_x),
-            # For paired comparisons of two probes: what each case adds to the error and to the variance.
-            "error_by_case": (prediction - val_y).square().mean(dim=1).tolist(),
-            "variance_by_case": (val_y - val_y.mean(dim=(0, 1))).square().mean(dim=1).tolist(),
-        }
+        train_x, train_y, train_classes = self._read(self.train_loader, "encoding training cases")
+        val_x, val_y, val_classes = self._read(self.val_loader, "encoding validation cases")
+        report = {**self.about, "training_cases": len(train_x), "validation_cases": len(val_x)}
+        if train_classes:
+            names = sorted(set(train_classes))
+            one_hot = [
+                torch.tensor([[name == own for name in names] for own in c]).double()
+                for c in (train_classes, val_classes)
+            ]
+            report["classes"] = names
+            report["embedding"] = probe_embeddings(train_x.mean(1), one_hot[0], val_x.mean(1), one_hot[1], accuracy)
+            report["embedding"]["majority"] = accuracy(one_hot[0].mean(0).expand_as(one_hot[1]), one_hot[1])
+        else:
+            report |= self._probe_tokens(train_x, train_y, val_x, val_y)
+            report["embedding"] = probe_embeddings(
+                train_x.mean(1), train_y.mean(1), val_x.mean(1), val_y.mean(1), _mean_r_squared
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(report, indent=1) + "\n")
+        found = report["embedding"]
         logger.info(
-            "the probe explains %.3f ± %.3f of the label fractions of %d cases",
-            *(report["r2"], report["r2_standard_error"], len(val_x)),
+            "from the embeddings of %d cases: linear %.3f, %d nearest neighbours %.3f (%s)",
+            *(len(val_x), found["linear"], found["k"], found["neighbours"]),
+            "share classified rightly" if train_classes else "share of variance explained",
         )
         return report
 
     @torch.no_grad()
-    def _tokens(self, loader: Iterable[dict[str, Any]], title: str) -> tuple[Tensor, Tensor]:
-        """Return features ``(cases, N, C)`` and label fractions ``(cases, N, labels)``."""
-        features, fractions = [], []
+    def _read(self, loader: Iterable[dict[str, Any]], title: str) -> tuple[Tensor, Tensor | None, list[str]]:
+        """Return features ``(cases, N, C)``, and label fractions ``(cases, N, labels)`` or classes."""
+        features, fractions, classes = [], [], []
         for batch in tqdm(loader, desc=title, leave=False, disable=None):
             features.append(self.encode(batch["image"]).float().flatten(2).mT.cpu())
-            fractions.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
-        return torch.cat(features), torch.cat(fractions)
+            if "class" in batch:
+                classes += [str(name) for name in batch["class"]]
+            else:
+                fractions.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
+        return torch.cat(features), torch.cat(fractions) if fractions else None, classes
+
+    @staticmethod
+    def _probe_tokens(train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> dict[str, Any]:
+        train_x, val_x = _standardise(train_x, val_x)
+        penalty = _choose(PENALTIES, fit_ridge, train_x, train_y, _mean_r_squared)
+        prediction = fit_ridge(train_x, train_y, penalty)(val_x)
+        scores = r_squared(prediction, val_y)
+        report = {
+            "r2": scores.nanmean().item(),
+            "r2_standard_error": _standard_error(prediction, val_y),
+            "r2_by_label": scores.tolist(),
+            "penalty": penalty,
+            # For paired comparisons of two probes: what each case adds to the error and to the variance.
+            "error_by_case": (prediction - val_y).square().mean(dim=1).tolist(),
+            "variance_by_case": (val_y - val_y.mean(dim=(0, 1))).square().mean(dim=1).tolist(),
+        }
+        logger.info(
+            "from the tokens: %.3f ± %.3f of the variance of the label fractions explained",
+            *(report["r2"], report["r2_standard_error"]),
+        )
+        return report
+
+
+def probe_embeddings(
+    train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor, score: Callable[[Tensor, Tensor], float]
+) -> dict[str, Any]:
+    """Predict from embeddings, by ridge regression and by the mean of the nearest neighbours.
+
+    Args:
+        train_x: ``(cases, C)``.
+        train_y: ``(cases, K)``.
+        val_x: ``(other cases, C)``.
+        val_y: ``(other cases, K)``.
+        score: of a prediction and its target, larger is better.
+
+    Returns:
+        ``linear`` and its ``penalty``, ``neighbours`` and their number ``k``.
+    """
+    train_x, val_x = _standardise(train_x, val_x)
+    penalty = _choose(PENALTIES, fit_ridge, train_x, train_y, score)
+    k = _choose(NEIGHBOURS, fit_neighbours, train_x, train_y, score)
+    return {
+        "linear": score(fit_ridge(train_x, train_y, penalty)(val_x), val_y),
+        "penalty": penalty,
+        "neighbours": score(fit_neighbours(train_x, train_y, k)(val_x), val_y),
+        "k": k,
+    }
 
 
 def label_fractions(label: Tensor, num_labels: int, patch_size: int) -> Tensor:
@@ -129,6 +192,21 @@ def fit_ridge(features: Tensor, target: Tensor, penalty: float) -> Callable[[Ten
     return lambda new: (new.double() - x_mean) @ weights + y_mean
 
 
+def fit_neighbours(features: Tensor, target: Tensor, k: int) -> Callable[[Tensor], Tensor]:
+    """Keep the training cases; predict the mean target of the k nearest.
+
+    Args:
+        features: ``(cases, C)``, standardised.
+        target: ``(cases, K)``.
+        k: neighbours; all, where there are fewer.
+
+    Returns:
+        A function from features to predictions.
+    """
+    k = min(k, len(features))
+    return lambda new: target[torch.cdist(new, features).topk(k, largest=False).indices].double().mean(dim=1)
+
+
 def r_squared(prediction: Tensor, target: Tensor) -> Tensor:
     """Share of the variance explained, one figure for each of the last axis.
 
@@ -139,17 +217,35 @@ def r_squared(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - error / spread, torch.nan)
 
 
-def _choose_penalty(features: Tensor, target: Tensor) -> float:
-    """Hold every fourth training case out and take the penalty that predicts those best."""
+def accuracy(prediction: Tensor, target: Tensor) -> float:
+    """Share of the rows ``(cases, classes)`` whose largest entry is where the target's is."""
+    return (prediction.argmax(dim=1) == target.argmax(dim=1)).double().mean().item()
+
+
+def _mean_r_squared(prediction: Tensor, target: Tensor) -> float:
+    return r_squared(prediction, target).nanmean().item()
+
+
+def _standardise(train_x: Tensor, val_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardise each feature by the training cases' statistics."""
+    rows = train_x.flatten(0, -2)
+    mean, scale = rows.mean(dim=0), rows.std(dim=0, correction=0).clamp(min=1e-6)
+    return (train_x - mean) / scale, (val_x - mean) / scale
+
+
+def _choose(
+    candidates: Sequence[Any], fit: Callable[..., Any], features: Tensor, target: Tensor, score: Callable[..., float]
+) -> Any:
+    """Hold every fourth training case out and take the setting that predicts those best."""
     held_out = torch.arange(len(features)) % 4 == 0
     if len(features) < 2:
-        return 1.0
+        return candidates[0]
 
-    def score(penalty: float) -> float:
-        predict = fit_ridge(features[~held_out], target[~held_out], penalty)
-        return r_squared(predict(features[held_out]), target[held_out]).nanmean().nan_to_num(-torch.inf).item()
+    def judge(candidate: Any) -> float:
+        found = score(fit(features[~held_out], target[~held_out], candidate)(features[held_out]), target[held_out])
+        return -math.inf if math.isnan(found) else found
 
-    return max(PENALTIES, key=score)
+    return max(candidates, key=judge)
 
 
 def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) -> float:
@@ -157,19 +253,3 @@ def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) ->
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randint(len(target), (len(target),), generator=generator) for _ in range(resamples))
     return torch.stack([r_squared(prediction[draw], target[draw]).nanmean() for draw in draws]).std().item()
-
-
-def labelled(cases: Sequence[dict[str, Any]], most: int | None = None) -> list[dict[str, Any]]:
-    """Keep the cases that come with a label.
-
-    Args:
-        cases: from :func:`~bertswin_mae.data.find_cases`.
-        most: keep so many at the most: those whose names have the smallest hash.
-
-    Raises:
-        ValueError: when there are none.
-    """
-    kept = [case for case in cases if "label" in case]
-    if not kept:
-        raise ValueError("none of the cases has a label: the probe needs a Decathlon folder or a datalist with labels")
-    return kept if most is None else sorted(kept, key=lambda case: case_seed(case["case"], 0))[:most]

@@ -1,6 +1,8 @@
 """Experiments that show what pre-training brings, one command each: tables, figures and every run that they rest on.
 
     python -m scripts.proof convergence --dataset_dir Task04_Hippocampus --output_dir runs/proof
+    python -m scripts.proof segmentation --dataset_dir Task04_Hippocampus --output_dir runs/proof
+    python -m scripts.proof tuning --dataset_dir Task04_Hippocampus --output_dir runs/proof
 
 Each run is a `python -m monai.bundle run` of its own, in a folder of `output_dir`. What is there already is not run
 again, and what was interrupted goes on, so a command can be stopped and repeated.
@@ -10,9 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +24,39 @@ from typing import Any
 import fire
 import matplotlib as mpl
 
+from .benchmark import time_training
 from .data import case_seed, find_cases, split_cases
 
 mpl.use("Agg")
+from matplotlib import pyplot as plt
 
-__all__ = ["Run", "convergence", "execute"]
+__all__ = ["Run", "convergence", "execute", "segmentation", "tuning"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (0.0005, 0.0015, 0.0045)  # the grid for every pre-training
-# Configs and knobs of the networks that are compared, all of the small size.
+# What is pre-trained, all of the small size: overlays and knobs.
 PRETRAININGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "bertswin": ((), {}),
     "bertswin_strict": ((), {"strict_stem": True}),
-    "vit_mae": (("vit_mae.yaml",), {}),
+    "vit_mae": (("peers/vit_mae.yaml",), {}),
+}
+TITLES = {
+    "bertswin": "BertsWin",
+    "bertswin_strict": "BertsWin, strict stem",
+    "vit_mae": "MONAI ViT-MAE",
+    "random": "BertsWin, random weights",
+    "unetr": "MONAI UNETR, from scratch",
+    "unet": "MONAI U-Net, from scratch",
+}
+COLOURS = dict(zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "tab:grey", "tab:red", "tab:green"), strict=True))
+# What is fine-tuned: overlays and knobs. Weights that were never trained need no careful start.
+FROM_SCRATCH = {"freeze_epochs": 0, "encoder_learning_rate": 0.001}
+SEGMENTATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "bertswin_strict": ((), {}),
+    "random": ((), FROM_SCRATCH),
+    "vit_mae": (("peers/vit_segmentation.yaml",), {}),
+    "unetr": (("peers/unetr.yaml",), FROM_SCRATCH),
+    "unet": (("peers/unet.yaml",), FROM_SCRATCH),
 }
 
 
@@ -58,6 +81,11 @@ class Run:
         """The file that says that the run is complete, and with which knobs."""
         return self.folder / "run.json"
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where its weights are."""
+        return self.folder / "checkpoints"
+
     def metrics(self) -> list[dict[str, Any]]:
         """Read the lines of ``metrics.jsonl``."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -78,7 +106,7 @@ class Run:
         command = [sys.executable, "-m", "monai.bundle", "run", self.workflow, "--config_file", files]
         for name, value in (self.knobs | {"output_dir": str(self.folder)}).items():
             command += [f"--{name}", json.dumps(value) if isinstance(value, list | bool) else str(value)]
-        if (self.folder / "checkpoints").exists():
+        if self.checkpoints.exists():
             command += ["--resume", "true"]
         log = self.folder / "log.txt"
         with log.open("a") as lines:
@@ -93,8 +121,7 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
     """Do the runs that are not complete, some at a time, each with its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(run.execute, threads) for run in runs]
-        for future in done:
+        for future in [pool.submit(run.execute, threads) for run in runs]:
             future.result()
 
 
@@ -104,7 +131,8 @@ def convergence(
     """Pre-train BertsWin and MONAI's ViT-MAE on the same volumes with the same masks, draws, loss and schedule.
 
     The learning rate of each is that which predicts a fifth of the *training* volumes best, after a shorter training on
-    the other four fifths. Validation volumes are those of the curves alone.
+    the other four fifths. (BertsWin with the strict stem takes that of the default one.) Validation volumes are those
+    of the curves alone. Seconds are measured afterwards, with nothing beside, the networks taking turns.
 
     Args:
         dataset_dir: as for training.
@@ -114,6 +142,165 @@ def convergence(
         jobs: runs at a time.
     """
     folder = Path(output_dir).resolve()
+    scores = _selection(dataset_dir, folder, selection_epochs, jobs)
+    runs = _pretrainings(dataset_dir, folder, epochs, scores)
+    execute(list(runs.values()), jobs)
+    seconds = _seconds_per_epoch(runs)
+    curves = {
+        name: [(record["epoch"], record["val_mse"], record["val_unexplained"]) for record in run.metrics()]
+        for name, run in runs.items()
+    }
+    goal = min(error for _, error, _ in curves["vit_mae"])
+    rows = []
+    for name, curve in curves.items():
+        best = min(curve, key=lambda point: point[1])
+        reached = next((epoch for epoch, error, _ in curve if error <= goal), None)
+        rows.append(
+            {
+                "network": name,
+                "learning_rate": runs[name].knobs["learning_rate"],
+                "seconds_per_epoch": seconds[name],
+                "best_mse": best[1],
+                "best_unexplained": best[2],
+                "best_epoch": best[0],
+                "epochs_to_goal": reached,
+                "share_of_epochs": reached and reached / max(1, _epoch_of(curves["vit_mae"], goal)),
+                "share_of_seconds": reached
+                and reached * seconds[name] / (_epoch_of(curves["vit_mae"], goal) * seconds["vit_mae"]),
+            }
+        )
+    lines = [
+        "| network | learning rate | seconds an epoch | best masked MSE | unexplained | at epoch "
+        "| epochs to the ViT-MAE's best | share of its epochs | of its time |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {TITLES[row['network']]} | {row['learning_rate']:g} | {row['seconds_per_epoch']:.2f} "
+            f"| {row['best_mse']:.4f} | {row['best_unexplained']:.3f} | {row['best_epoch']} "
+            f"| {_shown(row['epochs_to_goal'], 'd')} | {_shown(row['share_of_epochs'])} "
+            f"| {_shown(row['share_of_seconds'])} |"
+            for row in rows
+        ),
+        "",
+        f"Masked MSE on the held-out training volumes after {selection_epochs} epochs, by learning rate:",
+        "",
+        f"| network | {' | '.join(f'{rate:g}' for rate in RATES)} |",
+        f"|---|{'---|' * len(RATES)}",
+        *(
+            f"| {TITLES[name]} | {' | '.join(f'{scores[name, rate]:.4f}' for rate in RATES)} |"
+            for name in ("bertswin", "vit_mae")
+        ),
+    ]
+    _write(folder, "convergence", {"rows": rows, "curves": curves}, lines)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for name, curve in curves.items():
+        epoch, error, _ = zip(*curve, strict=True)
+        style = {"color": COLOURS[name], "label": TITLES[name]}
+        axes[0].plot(epoch, error, **style)
+        axes[1].plot([number * seconds[name] / 60 for number in epoch], error, **style)
+    for axis, label in zip(axes, ("epochs", "minutes of training"), strict=True):
+        axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
+        axis.set(xlabel=label, yscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("masked MSE, validation volumes")
+    axes[0].legend(frameon=False)
+    figure.savefig(folder / "convergence.png", dpi=110)
+    plt.close(figure)
+
+
+def segmentation(
+    dataset_dir: str,
+    output_dir: str = "runs/proof",
+    num_labelled: Sequence[int | None] = (5, 20, None),
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: int = 200,
+    selection_epochs: int = 50,
+    finetuning_epochs: int = 20,
+    jobs: int = 2,
+) -> None:
+    """Fine-tune to segment, with few labels and with many: pre-trained encoders and networks from scratch.
+
+    All learn from the same cases for the same number of draws, and the last epoch is scored, on the validation cases:
+    nothing is chosen by them. The ViT-MAE was pre-trained for as many seconds as BertsWin, which is more epochs.
+
+    Args:
+        dataset_dir: a Decathlon folder or a datalist, with labels.
+        output_dir: as of :func:`convergence`, whose pre-trainings are taken from there, or done first.
+        num_labelled: training cases with labels; None: all.
+        seeds: each with a choice of cases, initial weights and draws of its own.
+        epochs: of the pre-trainings.
+        selection_epochs: of those that chose their rates.
+        finetuning_epochs: of the fine-tunings.
+        jobs: runs at a time.
+    """
+    folder = Path(output_dir).resolve()
+    weights = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)
+    runs = {
+        (name, most, seed): _finetuning(
+            folder / "segmentation" / f"{name}_{most or 'all'}_{seed}",
+            configs,
+            knobs | ({"pretrained": str(weights[name])} if name in weights else {}),
+            {"dataset_dir": dataset_dir, "num_train_cases": most, "seed": seed, "max_epochs": finetuning_epochs},
+        )
+        for seed in seeds
+        for most in num_labelled
+        for name, (configs, knobs) in SEGMENTATIONS.items()
+    }
+    execute(list(runs.values()), jobs)
+    scores = {key: run.metrics()[-1] for key, run in runs.items()}
+    _report_scores(folder, "segmentation", scores, list(SEGMENTATIONS), num_labelled, seeds)
+
+
+def tuning(
+    dataset_dir: str,
+    output_dir: str = "runs/proof",
+    num_labelled: Sequence[int | None] = (5, 20, None),
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: int = 200,
+    selection_epochs: int = 50,
+    finetuning_epochs: int = 20,
+    jobs: int = 2,
+) -> None:
+    """Segment with the frozen encoder in three states: patch mode, whole volumes untuned, whole volumes tuned.
+
+    Patch mode is the pre-trained strict stem with ``blockwise_norm``: the same function of a whole volume.
+
+    Args:
+        dataset_dir: a Decathlon folder or a datalist, with labels.
+        output_dir: as of :func:`convergence`.
+        num_labelled: training cases with labels; None: all.
+        seeds: see :func:`segmentation`.
+        epochs: of the pre-trainings.
+        selection_epochs: of those that chose their rates.
+        finetuning_epochs: of the decoders.
+        jobs: runs at a time.
+    """
+    folder = Path(output_dir).resolve()
+    tuned = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)["bertswin_strict"]
+    untuned = folder / "pretraining" / "bertswin_strict" / "checkpoints" / "model.pt"
+    states = {
+        "patch mode": {"pretrained": str(untuned), "blockwise_norm": True},
+        "volumetric, untuned": {"pretrained": str(untuned)},
+        "volumetric, tuned": {"pretrained": str(tuned)},
+    }
+    frozen = {"freeze_epochs": finetuning_epochs, "max_epochs": finetuning_epochs}
+    runs = {
+        (name, most, seed): _finetuning(
+            folder / "tuning" / f"{name.replace(', ', '_').replace(' ', '_')}_{most or 'all'}_{seed}",
+            (),
+            knobs | frozen,
+            {"dataset_dir": dataset_dir, "num_train_cases": most, "seed": seed},
+        )
+        for seed in seeds
+        for most in num_labelled
+        for name, knobs in states.items()
+    }
+    execute(list(runs.values()), jobs)
+    scores = {key: run.metrics()[-1] for key, run in runs.items()}
+    _report_scores(folder, "tuning", scores, list(states), num_labelled, seeds)
+
+
+def _selection(dataset_dir: str, folder: Path, epochs: int, jobs: int) -> dict[tuple[str, float], float]:
+    """Train at every rate on a part of the training volumes, and score on the rest of them."""
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
     candidates = {
         (name, rate): Run(
@@ -123,8 +310,8 @@ def convergence(
             {
                 **knobs,
                 "dataset_dir": str(inner),
-                "max_epochs": selection_epochs,
-                "val_interval": selection_epochs,
+                "max_epochs": epochs,
+                "val_interval": epochs,
                 "learning_rate": rate,
             },
         )
@@ -133,11 +320,15 @@ def convergence(
         for rate in RATES
     }
     execute(list(candidates.values()), jobs)
-    scores = {key: run.metrics()[-1]["val_mse"] for key, run in candidates.items()}
+    return {key: run.metrics()[-1]["val_mse"] for key, run in candidates.items()}
+
+
+def _pretrainings(
+    dataset_dir: str, folder: Path, epochs: int, scores: Mapping[tuple[str, float], float]
+) -> dict[str, Run]:
     chosen = {name: min(RATES, key=lambda rate, name=name: scores[name, rate]) for name in ("bertswin", "vit_mae")}
     chosen["bertswin_strict"] = chosen["bertswin"]
-    print(json.dumps({f"{name} at {rate:g}": score for (name, rate), score in scores.items()}, indent=1))
-    runs = {
+    return {
         name: Run(
             folder / "pretraining" / name,
             "training",
@@ -152,7 +343,120 @@ def convergence(
         )
         for name, (configs, knobs) in PRETRAININGS.items()
     }
-    execute(list(runs.values()), jobs)
+
+
+def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
+    """Pre-train what is not there yet, the ViT-MAE for as long as BertsWin takes, and tune the stem."""
+    runs = _pretrainings(dataset_dir, folder, epochs, _selection(dataset_dir, folder, selection_epochs, jobs))
+    execute([runs["bertswin_strict"]], jobs)
+    clock = folder / "seconds.json"
+    seconds = json.loads(clock.read_text()) if clock.exists() else _seconds_per_epoch(runs)
+    clock.write_text(json.dumps(seconds, indent=1) + "\n")
+    as_long = round(epochs * seconds["bertswin_strict"] / seconds["vit_mae"])
+    vit = runs["vit_mae"]
+    long = Run(vit.folder.with_name("vit_mae_as_long"), vit.workflow, vit.configs, vit.knobs | {"max_epochs": as_long})
+    tuned = Run(
+        folder / "pretraining" / "bertswin_strict_tuned",
+        "tuning",
+        ("tune_stem.yaml", "small.yaml"),
+        {
+            "dataset_dir": str(Path(dataset_dir).resolve()),
+            "pretrained": str(runs["bertswin_strict"].checkpoints / "model.pt"),
+        },
+    )
+    execute([long, tuned], jobs)
+    return {"bertswin_strict": tuned.checkpoints / "encoder.pt", "vit_mae": long.checkpoints / "model.pt"}
+
+
+def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], settings: dict[str, Any]) -> Run:
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings["dataset_dir"] = str(Path(settings["dataset_dir"]).resolve())
+    all_knobs = {"val_interval": 1000} | knobs | settings  # scored at the end alone
+    return Run(folder, "finetuning", ("finetune_segmentation.yaml", "small.yaml", *configs), all_knobs)
+
+
+def _seconds_per_epoch(runs: Mapping[str, Run], rounds: int = 3) -> dict[str, float]:
+    """Median over rounds, without validation, on all cores, one network after the other."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            files = [str(ROOT / "configs" / config) for config in run.configs]
+            knobs = {key: value for key, value in run.knobs.items() if key not in ("max_epochs", "val_interval")}
+            _, waited, stepped = time_training(files, 1, **knobs)
+            seconds[name].append((waited.sum() + stepped.sum()).item())
+    return {name: statistics.median(measured) for name, measured in seconds.items()}
+
+
+def _report_scores(
+    folder: Path,
+    name: str,
+    scores: Mapping[tuple[str, int | None, int], Mapping[str, float]],
+    contestants: Sequence[str],
+    num_labelled: Sequence[int | None],
+    seeds: Sequence[int],
+) -> None:
+    """Write mean and deviation over the seeds as a table and as bars."""
+    rows = []
+    for contestant in contestants:
+        for most in num_labelled:
+            found = [scores[contestant, most, seed] for seed in seeds]
+            row: dict[str, Any] = {"contestant": contestant, "num_labelled": most}
+            for metric in ("val_dice", "val_hausdorff"):
+                values = [one[metric] for one in found]
+                row |= {metric: statistics.mean(values), f"{metric}_by_seed": values}
+                row[f"{metric}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            rows.append(row)
+    titles = [f"{most or 'all'} labels" for most in num_labelled]
+    by_key = {(row["contestant"], row["num_labelled"]): row for row in rows}
+
+    def cell(contestant: str, most: int | None) -> str:
+        row = by_key[contestant, most]
+        return f"{100 * row['val_dice']:.1f} ± {100 * row['val_dice_deviation']:.1f} ({row['val_hausdorff']:.2f})"
+
+    lines = [
+        f"| Dice in percent (Hausdorff distance in voxels) | {' | '.join(titles)} |",
+        f"|---|{'---|' * len(titles)}",
+        *(
+            f"| {TITLES.get(contestant, contestant)} | {' | '.join(cell(contestant, most) for most in num_labelled)} |"
+            for contestant in contestants
+        ),
+    ]
+    _write(folder, name, {"rows": rows}, lines)
+    figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    width = 0.8 / len(contestants)
+    for place, contestant in enumerate(contestants):
+        found = [by_key[contestant, most] for most in num_labelled]
+        bars = axis.bar(
+            [number + place * width for number in range(len(num_labelled))],
+            [100 * row["val_dice"] for row in found],
+            0.9 * width,
+            yerr=[100 * row["val_dice_deviation"] for row in found],
+            color=COLOURS.get(contestant, f"C{place}"),
+            label=TITLES.get(contestant, contestant),
+        )
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    lowest = min(100 * min(row["val_dice_by_seed"]) for row in rows)
+    axis.set(ylabel="Dice, percent", ylim=(max(0, lowest - 5), None))
+    axis.set_xticks([number + 0.4 - width / 2 for number in range(len(titles))], titles)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize="small", loc="outside right center")
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    table = "\n".join(lines)
+    (folder / f"{name}.md").write_text(table + "\n")
+    print(f"{table}\n\nwrote {folder / name}.md, .json and .png")
+
+
+def _epoch_of(curve: Sequence[tuple[int, float, float]], error: float) -> int:
+    return next(epoch for epoch, found, _ in curve if found <= error)
+
+
+def _shown(value: float | None, form: str = ".2f") -> str:
+    return "never" if value is None else format(value, form)
 
 
 def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
@@ -172,6 +476,6 @@ def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"convergence": convergence})
+        fire.Fire({"convergence": convergence, "segmentation": segmentation, "tuning": tuning})
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,16 +1,19 @@
-"""MONAI's ViT-MAE behind the interface of :class:`~bertswin_mae.bertswin_mae.BertsWinMAE`, to compare with."""
+"""MONAI's ViT-MAE behind the interfaces of this bundle's network and of its encoder, to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from einops import rearrange
 from monai.networks.nets import MaskedAutoEncoderViT
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import checkpoints
 from .masking import random_masking, unpatchify
 
-__all__ = ["ViTMAE"]
+__all__ = ["ViTEncoder", "ViTMAE", "load_vit_encoder"]
 
 
 class ViTMAE(MaskedAutoEncoderViT):
@@ -103,3 +106,65 @@ class ViTMAE(MaskedAutoEncoderViT):
         masked = masking_ratio
         visible = (~masked).nonzero()[:, 1].unflatten(0, (len(x), -1))
         return x[torch.arange(len(x)).unsqueeze(1), visible], visible, masked
+
+
+class ViTEncoder(nn.Module):
+    """The encoder of :class:`ViTMAE`, on whole volumes, as a feature extractor with skips.
+
+    Args:
+        img_size: volume size in voxels, D, H, W; a multiple of ``patch_size``.
+        patch_size: P, in voxels.
+        in_chans: image channels.
+        encoder_embed_dim: token width; a multiple of 6 and of the heads.
+        encoder_depth: transformer blocks.
+        encoder_num_heads: attention heads.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: int = 16,
+        in_chans: int = 1,
+        encoder_embed_dim: int = 768,
+        encoder_depth: int = 12,
+        encoder_num_heads: int = 12,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.in_chans = tuple(img_size), patch_size, in_chans
+        whole = ViTMAE(
+            img_size, patch_size, in_chans, encoder_embed_dim, encoder_depth, encoder_num_heads, 6 * encoder_num_heads
+        )
+        self.cls_token, self.patch_embedding, self.blocks = whole.cls_token, whole.patch_embedding, whole.blocks
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Map ``(B, in_chans, *img_size)`` to ``(B, C, D/P, H/P, W/P)``."""
+        return self.forward_with_skips(volume)[-1]
+
+    def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`forward`, and before that what UNETR takes: hidden states at even distances, shallowest first.
+
+        There is one for every level between the image and the grid of tokens: log2(P) - 1.
+        """
+        tokens = self.patch_embedding(volume)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        *blocks, norm = self.blocks
+        states = [tokens := block(tokens) for block in blocks]
+        levels = self.patch_size.bit_length() - 1
+        chosen = [states[len(states) * level // levels] for level in range(1, levels)]
+        return tuple(self._on_grid(state) for state in (*chosen, norm(tokens)))
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        d, h, w = (side // self.patch_size for side in self.img_size)
+        return rearrange(tokens[:, 1:], "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+
+
+def load_vit_encoder(encoder: ViTEncoder, checkpoint: str | Path) -> ViTEncoder:
+    """Fill an encoder from ``model.pt`` of a pre-training of :class:`ViTMAE`.
+
+    Raises:
+        ValueError: when there is no such file, or it does not fit.
+    """
+    weights = checkpoints.load_state_dict(checkpoint)
+    parts = ("cls_token", "patch_embedding.", "blocks.")
+    checkpoints.load_network(encoder, {n: w for n, w in weights.items() if n.startswith(parts)}, checkpoint)
+    return encoder

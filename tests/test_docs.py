@@ -33,6 +33,7 @@ SHAPES = {
 SHORT = {
     "training": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
     "tuning": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
+    "finetuning": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
 }
 
 

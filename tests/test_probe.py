@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_KNOBS, bundle, noise, tiny, write_volume
 
-from scripts.probe import TokenProbe, fit_ridge, label_fractions, labelled, r_squared
+from scripts.data import labelled
+from scripts.probe import FrozenProbe, fit_neighbours, fit_ridge, label_fractions, r_squared
 
 
 def test_label_fractions_count_each_label_in_each_patch():
@@ -34,7 +35,7 @@ def test_features_that_hold_the_labels_score_one_and_noise_scores_none(tmp_path)
             yield {"image": label, "label": label}
 
     def probe(encode):
-        return TokenProbe(
+        return FrozenProbe(
             encode, list(batches(0)), list(batches(50)), 1, 4, tmp_path / "probe.json", {"mode": "x"}
         ).run()
 
@@ -43,6 +44,8 @@ def test_features_that_hold_the_labels_score_one_and_noise_scores_none(tmp_path)
     assert telling["r2"] > 0.99
     assert telling["r2_standard_error"] < 0.01
     assert silent["r2"] < 0.05
+    assert telling["embedding"]["linear"] > 0.99
+    assert silent["embedding"]["linear"] < 0.5
     report = json.loads((tmp_path / "probe.json").read_text())
     assert report["mode"] == "x"
     assert (report["training_cases"], report["validation_cases"]) == (8, 8)
@@ -96,3 +99,28 @@ def test_a_label_that_is_nowhere_does_not_spoil_the_score():
     scores = r_squared(target + 0.1 * noise(40, 2, seed=1), target)
     assert scores[0] > 0.9
     assert scores[1].isnan()
+
+
+def test_the_nearest_neighbours_vote():
+    features = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    target = torch.tensor([[0.0], [2.0], [5.0], [7.0]])
+    assert fit_neighbours(features, target, 2)(torch.tensor([[0.4], [10.6]])).flatten().tolist() == [1.0, 6.0]
+    assert fit_neighbours(features, target, 40)(torch.tensor([[3.0]])).item() == 3.5
+
+
+def test_classes_are_read_off_the_embeddings(tmp_path):
+    def batches(first, classes):
+        for number in range(first, first + 12):
+            name = classes[number % 2]
+            image = noise(1, 1, 8, 8, 8, seed=number) + (2 if name == "bright" else 0)
+            yield {"image": image, "class": [name]}
+
+    def probe(classes):
+        train, val = (list(batches(first, classes)) for first in (0, 50))
+        return FrozenProbe(lambda image: image, train, val, 1, 1, tmp_path / "probe.json", {}).run()
+
+    told = probe(["bright", "dark"])
+    assert told["classes"] == ["bright", "dark"]
+    assert told["embedding"]["linear"] == told["embedding"]["neighbours"] == 1.0
+    assert told["embedding"]["majority"] == 0.5
+    assert probe(["heads", "tails"])["embedding"]["linear"] < 1.0

@@ -65,7 +65,7 @@ def test_patches_outside_the_field_of_view_are_refused():
 @pytest.mark.slow
 def test_the_overlay_trains_it_by_the_same_command(cohort, tmp_path):
     ended = train(
-        "train.yaml", "small.yaml", "vit_mae.yaml", dataset_dir=cohort, output_dir=tmp_path, decoder_embed_dim=48
+        "train.yaml", "small.yaml", "peers/vit_mae.yaml", dataset_dir=cohort, output_dir=tmp_path, decoder_embed_dim=48
     )
     assert ended.returncode == 0, ended.stderr
     assert records(tmp_path)[-1]["val_unexplained"] > 0

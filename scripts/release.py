@@ -1,0 +1,198 @@
+"""Build what is published: the bundle as a zip, checked; the list of large weights; the folder for Hugging Face.
+
+    python -m scripts.release build
+    python -m scripts.release large_files --urls "{'models/base.pt': 'https://…/base.pt'}"
+    python -m scripts.release hugging_face --repo OWNER/bertswin_mae
+
+The version, and what changed since the one before, stand in `configs/metadata.json` alone. Nothing here uploads
+anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import ZipFile
+
+import fire
+import torch
+import yaml
+
+from . import checkpoints
+
+__all__ = ["build", "check", "hugging_face", "large_files"]
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "bertswin_mae"
+# What a user of the bundle needs. Tests, and what checks them, stay in the repository.
+CONTENTS = (
+    *("configs", "docs", "models", "scripts"),
+    *("CITATION.cff", "LICENSE", "README.md", "large_files.yml", "pyproject.toml", "requirements.txt", "setup.py"),
+)
+# The only kinds of file that are ever published: no volumes, no archives, no keys.
+SUFFIXES = {*(".cff", ".conf", ".json", ".md", ".png", ".pt", ".py", ".toml", ".txt", ".yaml", ".yml"), ""}
+LARGEST = 16 * 2**20  # bytes of a file in the zip; what is larger goes through large_files.yml
+
+
+def build(output_dir: str = "dist", schema: str | None = None, revision: str = "HEAD") -> Path:
+    """Write ``bertswin_mae_v<version>.zip`` from the committed tree, and check it as a user would find it.
+
+    Args:
+        output_dir: for the zip; one of the same version is replaced.
+        schema: a copy of the schema that ``metadata.json`` names; without it MONAI downloads it.
+        revision: what to publish; the default refuses while changes are not committed.
+
+    Returns:
+        The zip's path.
+
+    Raises:
+        ValueError: when anything is wrong with the tree; nothing is left then.
+    """
+    if revision == "HEAD" and (changed := _git("status", "--porcelain", "--", *CONTENTS)):
+        raise ValueError(f"what is published is what is committed, but these are not:\n{changed}")
+    metadata = json.loads(_git("show", f"{revision}:configs/metadata.json"))
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{NAME}_v{metadata['version']}.zip"
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made = Path(place) / target.name
+        there = [path for path in CONTENTS if _git("ls-tree", revision, "--", path)]
+        _git("archive", "--format=zip", f"--prefix={NAME}/", f"--output={made}", revision, "--", *there)
+        check(str(made), schema)
+        made.replace(target)
+    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MB), sha256 {_sha256(target)}")
+    return target
+
+
+def check(archive: str, schema: str | None = None) -> None:
+    """Unpack a zip and look at it with MONAI's tools and our own rules.
+
+    Args:
+        archive: the zip.
+        schema: see :func:`build`.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        with ZipFile(archive) as file:
+            file.extractall(place)
+        root = Path(place) / NAME
+        problems = [problem for path in sorted(root.rglob("*")) if path.is_file() for problem in _problems(path, root)]
+        metadata = json.loads((root / "configs/metadata.json").read_text())
+        if metadata["version"] not in metadata["changelog"]:
+            problems.append(f"the changelog in metadata.json does not mention version {metadata['version']}")
+        if problems:
+            raise ValueError(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
+        shutil.copy(schema, Path(place) / "schema.json") if schema else None
+        _monai(root, "verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", f"{place}/schema.json")
+        _monai(
+            root,
+            *("verify_net_in_out", "--net_id", "network_def", "--device", "cpu"),
+            *("--config_file", "configs/inference.json", "--meta_file", "configs/metadata.json"),
+        )
+
+
+def large_files(urls: Mapping[str, str], bundle_dir: str = str(ROOT)) -> None:
+    """Write ``large_files.yml``: weights that lie elsewhere, each with the hash of the file that lies here.
+
+    Args:
+        urls: by path below the bundle, such as ``models/base.pt``; the file must be there to be hashed.
+        bundle_dir: the bundle.
+
+    Raises:
+        ValueError: for a path that is not there, or leads out of the bundle.
+    """
+    root = Path(bundle_dir).resolve()
+    entries = []
+    for path, url in urls.items():
+        file = (root / path).resolve()
+        if root not in file.parents or not file.is_file():
+            raise ValueError(f"{path} is no file of the bundle {root}")
+        if problems := _problems(file, root, largest=None):
+            raise ValueError("; ".join(problems))
+        entries.append({"path": path, "url": url, "hash_val": _sha256(file), "hash_type": "sha256"})
+    listing = root / "large_files.yml"
+    head = "".join(f"{line}\n" for line in listing.read_text().splitlines() if line.startswith("#"))
+    listing.write_text(head + yaml.safe_dump({"large_files": entries}, sort_keys=False))
+    print(f"wrote {listing}")
+
+
+def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/huggingface") -> Path:
+    """Lay out the folder to upload: what is in the zip, with the head that the hub reads on its front page.
+
+    Args:
+        repo: ``owner/name``.
+        archive: the zip; default: that of this version in ``dist``.
+        output_dir: for the folder, which is made anew.
+
+    Returns:
+        The folder. The command that uploads it is printed.
+
+    Raises:
+        ValueError: when there is no zip.
+    """
+    version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
+    source = Path(archive or ROOT / "dist" / f"{NAME}_v{version}.zip")
+    if not source.is_file():
+        raise ValueError(f"there is no {source}: build it first, by python -m scripts.release build")
+    folder = Path(output_dir).resolve() / NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    with ZipFile(source) as file:
+        file.extractall(folder.parent)
+    # What Hugging Face reads at the head of a front page.
+    header = {"license": "apache-2.0", "library_name": "monai", "tags": ["monai", "medical", "self-supervised"]}
+    page = folder / "README.md"
+    page.write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{page.read_text()}")
+    print(f"wrote {folder}; to upload it:\n  hf upload {repo} {folder} . --commit-message 'Version {version}'")
+    return folder
+
+
+def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str]:
+    """Say why a file must not be published."""
+    name = path.relative_to(root)
+    problems = []
+    if path.suffix not in SUFFIXES or any(part.startswith(".") for part in name.parts):
+        problems.append(f"{name} is not of a kind that is published")
+    if largest is not None and path.stat().st_size > largest:
+        problems.append(f"{name} is larger than {largest // 2**20} MB: list it in large_files.yml")
+    if path.suffix == ".pt":
+        try:
+            content = checkpoints.load(path)  # weights only
+        except ValueError as error:
+            return [*problems, str(error)]
+        # MONAI fills a network from nothing but flat weights, and says nothing when it cannot.
+        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+            problems.append(f"{name} does not hold flat weights, a tensor by each name")
+    return problems
+
+
+def _git(*arguments: str) -> str:
+    ended = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
+    if ended.returncode:
+        raise ValueError(f"git {arguments[0]}: {ended.stderr.strip()}")
+    return ended.stdout.strip()
+
+
+def _monai(root: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "monai.bundle", *arguments]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
+    if ended.returncode:
+        raise ValueError(f"{arguments[0]} refuses the bundle:\n{ended.stderr[-2000:]}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire({"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check})
+    except ValueError as error:
+        sys.exit(f"error: {error}")

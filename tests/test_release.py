@@ -1,0 +1,195 @@
+"""Promises of the release: what is published is the bundle and nothing else, and MONAI's tools bring it to a user."""
+
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from zipfile import ZipFile
+
+import monai
+import pytest
+import torch
+import yaml
+from conftest import ROOT, bundle, write_volume
+from test_configs import REQUIRED
+
+from scripts import release
+from scripts.encoder import BertsWinEncoder
+
+pytestmark = pytest.mark.slow
+
+
+def git(folder, *arguments):
+    names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *names, *arguments], cwd=folder, check=True, capture_output=True)  # noqa: S603, S607
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """The bundle as a repository of its own, everything committed."""
+    place = tmp_path / "repository"
+    left_out = shutil.ignore_patterns(".*", "runs", "data", "dist", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, place, ignore=left_out)
+    git(tmp_path, "init", "-q", str(place))
+    git(place, "add", "-A")
+    git(place, "commit", "-qm", "all")
+    monkeypatch.setattr(release, "ROOT", place)
+    return place
+
+
+@pytest.fixture
+def schema(tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"type": "object", "required": REQUIRED}))
+    return str(path)
+
+
+@pytest.fixture
+def built(repository, schema, tmp_path):
+    return release.build(str(tmp_path / "dist"), schema)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on the loopback interface; gives the folder that it serves and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def version_of(folder: Path) -> str:
+    return json.loads((folder / "configs" / "metadata.json").read_text())["version"]
+
+
+def test_the_zip_holds_the_committed_bundle_and_nothing_else(built, repository):
+    assert built.name == f"bertswin_mae_v{version_of(repository)}.zip"
+    with ZipFile(built) as file:
+        names = {name for name in file.namelist() if not name.endswith("/")}
+    assert {name.split("/")[1] for name in names} == set(release.CONTENTS)
+    assert {"bertswin_mae/configs/train.yaml", "bertswin_mae/models/model.pt", "bertswin_mae/LICENSE"} <= names
+    assert not [name for name in names if "test" in name or name.endswith((".nii.gz", ".pyc"))]
+    assert built.stat().st_size < 20 * 2**20
+
+
+def test_what_is_not_committed_is_not_published(repository, schema, tmp_path):
+    (repository / "docs" / "new.md").write_text("new")
+    with pytest.raises(ValueError, match=r"(?s)these are not.*docs/new.md"):
+        release.build(str(tmp_path / "dist"), schema)
+    assert not list(Path(tmp_path).glob("dist/*"))
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("docs/scan.nii.gz", None, "scan.nii.gz is not of a kind that is published"),
+        ("models/code.pt", Code(), "code.pt"),
+        ("models/nested.pt", {"network": {"weight": torch.zeros(1)}}, "nested.pt does not hold flat weights"),
+        ("models/large.pt", {"weight": torch.zeros(5 * 2**20)}, "large.pt is larger than 16 MB"),
+    ],
+)
+def test_data_code_and_what_is_too_large_are_refused(
+    repository, schema, tmp_path, capfd, monkeypatch, name, content, message
+):
+    write_volume(repository / name) if content is None else torch.save(content, repository / name)
+    git(repository, "add", "-A", "-f")
+    git(repository, "commit", "-qm", "more")
+    with pytest.raises(ValueError, match=message):
+        release.build(str(tmp_path / "dist"), schema)
+    assert not list(Path(tmp_path).glob("dist/*"))
+    assert "code was run" not in capfd.readouterr().out
+
+
+def test_from_a_download_to_features_and_to_the_network(built, server, tmp_path, monkeypatch):
+    served, address = server
+    shutil.copy(built, served)
+    bundles = tmp_path / "bundles"
+    downloaded = bundle(
+        "download", "--name", "bertswin_mae", "--url", f"{address}/{built.name}", "--bundle_dir", str(bundles)
+    )
+    assert downloaded.returncode == 0, downloaded.stderr
+    for number in range(2):
+        write_volume(tmp_path / "scans" / f"{number}.nii.gz", seed=number)
+    extracted = bundle(
+        *("run", "inference", "--config_file", "configs/inference.json"),
+        cwd=bundles / "bertswin_mae",
+        dataset_dir=tmp_path / "scans",
+        output_dir=tmp_path / "features",
+    )
+    assert extracted.returncode == 0, extracted.stderr
+    assert (tmp_path / "features" / "0" / "features.nii.gz").exists()
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    network = monai.bundle.load("bertswin_mae", bundle_dir=str(bundles), workflow_type="inference", source="github")
+    weights = torch.load(bundles / "bertswin_mae" / "models" / "model.pt", weights_only=True)
+    assert type(network).__name__ == BertsWinEncoder.__name__
+    assert all(torch.equal(network.state_dict()[name], weight) for name, weight in weights.items())
+
+
+def test_an_upgrade_replaces_the_old_version_as_the_readme_says(built, repository, schema, server, tmp_path):
+    served, address = server
+    bundles = tmp_path / "bundles"
+    old = bundles / "bertswin_mae"
+    (old / "configs").mkdir(parents=True)
+    (old / "configs" / "metadata.json").write_text(json.dumps({"version": "0.0.1", "monai_version": "1.6.1"}))
+    (old / "configs" / "gone.yaml").write_text("{}")
+    shutil.copy(built, served)
+    arguments = ["download", "--name", "bertswin_mae", "--url", f"{address}/{built.name}", "--bundle_dir", str(bundles)]
+    assert bundle(*arguments).returncode == 0
+    kept = version_of(old)
+    shutil.rmtree(old)
+    (bundles / "bertswin_mae.zip").unlink()
+    assert bundle(*arguments).returncode == 0
+    assert (kept, version_of(old)) == ("0.0.1", version_of(repository))  # MONAI leaves a folder that is there alone
+    assert not (old / "configs" / "gone.yaml").exists()
+
+
+@pytest.mark.parametrize("hash_val", ["right", "wrong", "missing"])
+def test_large_weights_are_fetched_and_a_wrong_hash_is_noticed(repository, server, hash_val):
+    served, address = server
+    weights = repository / "models" / "large.pt"
+    torch.save({"weight": torch.arange(5.0)}, weights)
+    shutil.copy(weights, served)
+    release.large_files({"models/large.pt": f"{address}/large.pt"}, str(repository))
+    weights.unlink()
+    listing = yaml.safe_load((repository / "large_files.yml").read_text())
+    (entry,) = listing["large_files"]
+    assert entry.keys() == {"path", "url", "hash_val", "hash_type"}
+    if hash_val == "wrong":
+        entry["hash_val"] = "0" * 64
+    elif hash_val == "missing":
+        del entry["hash_val"]
+    (repository / "large_files.yml").write_text(yaml.safe_dump(listing))
+    fetched = bundle("download_large_files", "--bundle_path", str(repository))
+    assert (fetched.returncode == 0) == (hash_val != "wrong"), fetched.stderr
+    if hash_val == "right":
+        assert torch.load(weights, weights_only=True)["weight"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_list_of_large_weights_takes_files_of_the_bundle_alone(repository, tmp_path):
+    (tmp_path / "elsewhere.pt").touch()
+    for path in ("../elsewhere.pt", "models/nowhere.pt"):
+        with pytest.raises(ValueError, match="is no file of the bundle"):
+            release.large_files({path: "https://example.org/x.pt"}, str(repository))
+
+
+def test_the_folder_for_hugging_face_is_what_is_in_the_zip(built, tmp_path, capsys):
+    folder = release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))
+    page = (folder / "README.md").read_text()
+    assert page.startswith("---\nlicense: apache-2.0\nlibrary_name: monai\n")
+    with ZipFile(built) as file:
+        names = {name for name in file.namelist() if not name.endswith("/")}
+    assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == names
+    assert "hf upload owner/bertswin_mae" in capsys.readouterr().out
