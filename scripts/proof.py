@@ -39,16 +39,20 @@ PRETRAININGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "bertswin": ((), {}),
     "bertswin_strict": ((), {"strict_stem": True}),
     "vit_mae": (("peers/vit_mae.yaml",), {}),
+    "vit_mae_light": (("peers/vit_mae.yaml",), {"decoder_embed_dim": 96}),  # MONAI's proportion to the encoder's 192
 }
 TITLES = {
     "bertswin": "BertsWin",
     "bertswin_strict": "BertsWin, strict stem",
     "vit_mae": "MONAI ViT-MAE",
+    "vit_mae_light": "MONAI ViT-MAE, decoder half as wide",
     "random": "BertsWin, random weights",
     "unetr": "MONAI UNETR, from scratch",
     "unet": "MONAI U-Net, from scratch",
 }
-COLOURS = dict(zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "tab:grey", "tab:red", "tab:green"), strict=True))
+COLOURS = dict(
+    zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "gold", "tab:grey", "tab:red", "tab:green"), strict=True)
+)
 # What is fine-tuned: overlays and knobs. Weights that were never trained need no careful start.
 FROM_SCRATCH = {"freeze_epochs": 0, "encoder_learning_rate": 0.001}
 SEGMENTATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -132,25 +136,28 @@ def convergence(
 
     The learning rate of each is that which predicts a fifth of the *training* volumes best, after a shorter training on
     the other four fifths. (BertsWin with the strict stem takes that of the default one.) Validation volumes are those
-    of the curves alone. Seconds are measured afterwards, with nothing beside, the networks taking turns.
+    of the curves alone. The ViT-MAE is given as many epochs as it does in BertsWin's time. That is measured with
+    nothing beside, the networks taking turns.
 
     Args:
         dataset_dir: as for training.
         output_dir: for the runs, ``convergence.json``, ``convergence.md`` and the figure.
-        epochs: of the compared trainings.
+        epochs: of BertsWin.
         selection_epochs: of those that choose the rate.
         jobs: runs at a time.
     """
     folder = Path(output_dir).resolve()
     scores = _selection(dataset_dir, folder, selection_epochs, jobs)
-    runs = _pretrainings(dataset_dir, folder, epochs, scores)
+    seconds = _seconds_per_epoch(dataset_dir, folder)
+    runs = _pretrainings(dataset_dir, folder, epochs, scores, seconds)
     execute(list(runs.values()), jobs)
-    seconds = _seconds_per_epoch(runs)
     curves = {
         name: [(record["epoch"], record["val_mse"], record["val_unexplained"]) for record in run.metrics()]
         for name, run in runs.items()
     }
-    goal = min(error for _, error, _ in curves["vit_mae"])
+    # Against whichever decoder serves the ViT-MAE better.
+    goal, peer = min((error, name) for name in curves if "vit" in name for _, error, _ in curves[name])
+    peers_epochs = next(epoch for epoch, error, _ in curves[peer] if error == goal)
     rows = []
     for name, curve in curves.items():
         best = min(curve, key=lambda point: point[1])
@@ -164,9 +171,8 @@ def convergence(
                 "best_unexplained": best[2],
                 "best_epoch": best[0],
                 "epochs_to_goal": reached,
-                "share_of_epochs": reached and reached / max(1, _epoch_of(curves["vit_mae"], goal)),
-                "share_of_seconds": reached
-                and reached * seconds[name] / (_epoch_of(curves["vit_mae"], goal) * seconds["vit_mae"]),
+                "share_of_epochs": reached and reached / peers_epochs,
+                "share_of_seconds": reached and reached * seconds[name] / (peers_epochs * seconds[peer]),
             }
         )
     lines = [
@@ -187,7 +193,8 @@ def convergence(
         f"|---|{'---|' * len(RATES)}",
         *(
             f"| {TITLES[name]} | {' | '.join(f'{scores[name, rate]:.4f}' for rate in RATES)} |"
-            for name in ("bertswin", "vit_mae")
+            for name in PRETRAININGS
+            if name != "bertswin_strict"
         ),
     ]
     _write(folder, "convergence", {"rows": rows, "curves": curves}, lines)
@@ -220,7 +227,7 @@ def segmentation(
     """Fine-tune to segment, with few labels and with many: pre-trained encoders and networks from scratch.
 
     All learn from the same cases for the same number of draws, and the last epoch is scored, on the validation cases:
-    nothing is chosen by them. The ViT-MAE was pre-trained for as many seconds as BertsWin, which is more epochs.
+    nothing is chosen by them.
 
     Args:
         dataset_dir: a Decathlon folder or a datalist, with labels.
@@ -324,9 +331,17 @@ def _selection(dataset_dir: str, folder: Path, epochs: int, jobs: int) -> dict[t
 
 
 def _pretrainings(
-    dataset_dir: str, folder: Path, epochs: int, scores: Mapping[tuple[str, float], float]
+    dataset_dir: str,
+    folder: Path,
+    epochs: int,
+    scores: Mapping[tuple[str, float], float],
+    seconds: Mapping[str, float],
 ) -> dict[str, Run]:
-    chosen = {name: min(RATES, key=lambda rate, name=name: scores[name, rate]) for name in ("bertswin", "vit_mae")}
+    chosen = {
+        name: min(RATES, key=lambda rate, name=name: scores[name, rate])
+        for name in PRETRAININGS
+        if name != "bertswin_strict"
+    }
     chosen["bertswin_strict"] = chosen["bertswin"]
     return {
         name: Run(
@@ -336,8 +351,8 @@ def _pretrainings(
             {
                 **knobs,
                 "dataset_dir": str(Path(dataset_dir).resolve()),
-                "max_epochs": epochs,
-                "early_stop_patience": epochs,
+                "max_epochs": (allowed := round(epochs * max(1.0, seconds["bertswin"] / seconds[name]))),
+                "early_stop_patience": allowed,
                 "learning_rate": chosen[name],
             },
         )
@@ -347,14 +362,9 @@ def _pretrainings(
 
 def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
     """Pre-train what is not there yet, the ViT-MAE for as long as BertsWin takes, and tune the stem."""
-    runs = _pretrainings(dataset_dir, folder, epochs, _selection(dataset_dir, folder, selection_epochs, jobs))
-    execute([runs["bertswin_strict"]], jobs)
-    clock = folder / "seconds.json"
-    seconds = json.loads(clock.read_text()) if clock.exists() else _seconds_per_epoch(runs)
-    clock.write_text(json.dumps(seconds, indent=1) + "\n")
-    as_long = round(epochs * seconds["bertswin_strict"] / seconds["vit_mae"])
-    vit = runs["vit_mae"]
-    long = Run(vit.folder.with_name("vit_mae_as_long"), vit.workflow, vit.configs, vit.knobs | {"max_epochs": as_long})
+    scores = _selection(dataset_dir, folder, selection_epochs, jobs)
+    runs = _pretrainings(dataset_dir, folder, epochs, scores, _seconds_per_epoch(dataset_dir, folder))
+    execute([runs["bertswin_strict"], runs["vit_mae"]], jobs)
     tuned = Run(
         folder / "pretraining" / "bertswin_strict_tuned",
         "tuning",
@@ -364,8 +374,8 @@ def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int,
             "pretrained": str(runs["bertswin_strict"].checkpoints / "model.pt"),
         },
     )
-    execute([long, tuned], jobs)
-    return {"bertswin_strict": tuned.checkpoints / "encoder.pt", "vit_mae": long.checkpoints / "model.pt"}
+    execute([tuned], 1)
+    return {"bertswin_strict": tuned.checkpoints / "encoder.pt", "vit_mae": runs["vit_mae"].checkpoints / "model.pt"}
 
 
 def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], settings: dict[str, Any]) -> Run:
@@ -375,16 +385,20 @@ def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], set
     return Run(folder, "finetuning", ("finetune_segmentation.yaml", "small.yaml", *configs), all_knobs)
 
 
-def _seconds_per_epoch(runs: Mapping[str, Run], rounds: int = 3) -> dict[str, float]:
-    """Median over rounds, without validation, on all cores, one network after the other."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[str, float]:
+    """Median over rounds, without validation, on all cores, one network after the other; measured once."""
+    path = folder / "seconds.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    seconds: dict[str, list[float]] = {name: [] for name in PRETRAININGS}
     for _ in range(rounds):
-        for name, run in runs.items():
-            files = [str(ROOT / "configs" / config) for config in run.configs]
-            knobs = {key: value for key, value in run.knobs.items() if key not in ("max_epochs", "val_interval")}
-            _, waited, stepped = time_training(files, 1, **knobs)
+        for name, (configs, knobs) in PRETRAININGS.items():
+            files = [str(ROOT / "configs" / config) for config in ("train.yaml", "small.yaml", *configs)]
+            _, waited, stepped = time_training(files, 1, **knobs, dataset_dir=dataset_dir)
             seconds[name].append((waited.sum() + stepped.sum()).item())
-    return {name: statistics.median(measured) for name, measured in seconds.items()}
+    medians = {name: statistics.median(measured) for name, measured in seconds.items()}
+    path.write_text(json.dumps(medians, indent=1) + "\n")
+    return medians
 
 
 def _report_scores(
@@ -449,10 +463,6 @@ def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]
     table = "\n".join(lines)
     (folder / f"{name}.md").write_text(table + "\n")
     print(f"{table}\n\nwrote {folder / name}.md, .json and .png")
-
-
-def _epoch_of(curve: Sequence[tuple[int, float, float]], error: float) -> int:
-    return next(epoch for epoch, found, _ in curve if found <= error)
 
 
 def _shown(value: float | None, form: str = ".2f") -> str:
