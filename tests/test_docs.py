@@ -1,5 +1,6 @@
 """Promises of the documents: every command and every block of Python in them runs."""
 
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_KNOBS
 
 import scripts
 from scripts.checkpoints import to_reference_state_dict
@@ -125,24 +126,54 @@ def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
         assert tuple(names[name].shape) == shape
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The package as pip installs it, in a folder of its own."""
+    place = tmp_path_factory.mktemp("pip")
+    shutil.copytree(ROOT, place / "source", ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
+    options = ["-q", "--no-deps", "--no-build-isolation", "--target", str(place / "site")]
+    command = [sys.executable, "-m", "pip", "install", *options, str(place / "source")]
+    subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+    return place / "site"
+
+
+def in_package(installed, code, cwd):
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    ended = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 @pytest.mark.slow
-def test_pip_installs_the_package_under_its_name(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        tmp_path / "site",
-    ]
-    subprocess.run([*pip, source], check=True, capture_output=True)  # noqa: S603
-    code = "import monai, bertswin_mae; assert monai.networks.nets.BertsWinMAE is bertswin_mae.BertsWinMAE"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)  # noqa: S603
-    assert not (tmp_path / "site" / "scripts").exists()
-    assert Path(tmp_path / "site" / "bertswin_mae" / "encoder.py").exists()
+def test_pip_installs_the_package_under_its_name(installed, tmp_path):
+    in_package(
+        installed,
+        "import monai, bertswin_mae; assert monai.networks.nets.BertsWinMAE is bertswin_mae.BertsWinMAE",
+        tmp_path,
+    )
+    assert not (installed / "scripts").exists()
+    (information,) = installed.glob("bertswin_mae-*.dist-info")
+    version = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
+    assert information.name == f"bertswin_mae-{version}.dist-info"
+
+
+@pytest.mark.slow
+def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_path):
+    root = Path(in_package(installed, "import bertswin_mae; print(bertswin_mae.bundle_root())", tmp_path).strip())
+    assert root == installed / "bertswin_mae" / "bundle"
+    assert root == Path(
+        in_package(
+            installed / "bertswin_mae" / "bundle", "import scripts; print(scripts.bundle_root())", tmp_path
+        ).strip()
+    )
+    names = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")}
+    assert {path.relative_to(root / "configs") for path in (root / "configs").rglob("*.*")} == names
+    files = [str(root / "configs" / name) for name in ("train.yaml", "small.yaml")]
+    knobs = TINY_KNOBS | {"max_epochs": 1, "dataset_dir": str(cohort), "output_dir": str(tmp_path / "out")}
+    arguments = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+    command = ["-m", "monai.bundle", "run", "training", "--config_file", str(files), *arguments]
+    ended = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "out" / "checkpoints" / "model.pt").exists()
