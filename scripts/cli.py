@@ -186,7 +186,7 @@ def _is_expression(value: Any) -> bool:
 
 def _typed(name: str, value: Any, default: Any) -> Any:
     """Return an override in the type of the config's own value; anything goes where that is null or no plain value."""
-    if isinstance(default, bool):
+    if default is None or isinstance(default, bool):
         value = TRUTH.get(str(value).lower(), value)
     is_numbers = isinstance(default, list) and all(isinstance(entry, int | float) for entry in default)
     if is_numbers and isinstance(value, list | tuple):

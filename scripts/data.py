@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from monai.data import MetaTensor, load_decathlon_datalist
-from monai.transforms import EnsureChannelFirst, LoadImage
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 from tqdm import tqdm
 
 from . import parallel
@@ -24,6 +24,7 @@ __all__ = [
     "case_seed",
     "causes",
     "check_cases",
+    "check_labels",
     "find_cases",
     "labelled",
     "list_cases",
@@ -303,6 +304,8 @@ def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: 
         ValueError: when there are none, or fewer than are asked for.
     """
     kept = [case for case in cases if by in case]
+    if len(kept) < len(cases):
+        logger.info("%d of %d cases have a %s, the others are left out", len(kept), len(cases), by)
     if not kept:
         raise ValueError(f"none of the cases has a {by}: a Decathlon folder or a datalist that gives them is needed")
     if most is None:
@@ -310,6 +313,47 @@ def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: 
     if most > len(kept):
         raise ValueError(f"num_train_cases {most} is more than the {len(kept)} labelled training cases that there are")
     return sorted(kept, key=lambda case: case_seed(case["case"], seed))[:most]
+
+
+def check_labels(cases: list[Case], num_labels: int, num_threads: int = 4) -> list[Case]:
+    """Read every label map once, before training.
+
+    Args:
+        cases: with ``image`` and ``label``.
+        num_labels: labels besides background, numbered from 1.
+        num_threads: maps read at once.
+
+    Returns:
+        The cases.
+
+    Raises:
+        ValueError: naming each map that cannot be used, and why.
+    """
+    with ThreadPoolExecutor(max(1, num_threads)) as threads:
+        problems = threads.map(lambda case: _label_problem(case, num_labels), cases)
+        bad = [f"{case['label']}: {problem}" for case, problem in zip(cases, problems, strict=True) if problem]
+    if bad:
+        listing = "\n  ".join(bad)
+        raise ValueError(f"{len(bad)} of {len(cases)} label maps cannot be used:\n  {listing}")
+    return cases
+
+
+def _label_problem(case: Case, num_labels: int) -> str | None:
+    load = Compose([LoadImage(image_only=True, dtype=None), EnsureChannelFirst()])
+    try:
+        label = np.asarray(load(case["label"]))
+    except Exception as error:
+        return f"cannot be read ({reason(error)})"
+    shape = load(case["image"]).shape[1:]
+    if label.shape != (1, *shape):
+        return f"has shape {label.shape[1:]} where its image has {tuple(shape)}"
+    found = np.unique(label)
+    if not np.isin(found, np.arange(num_labels + 1)).all():
+        return (
+            f"holds the values {', '.join(f'{value:g}' for value in found[:8])} where 0 to {num_labels} are expected: "
+            "say by --num_labels how many there are"
+        )
+    return None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

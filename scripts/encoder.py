@@ -210,7 +210,7 @@ class BertsWinEncoder(nn.Module):
             The output of every stem stage, finest first, ``(B, stem_base_dim · 2^i, D/2^(i+1), …)``, then the features.
         """
         self.check_volume(volume)
-        tokens, skips = self.stem.forward_with_skips(volume)
+        tokens, skips = maybe_checkpointed(self.stem.forward_with_skips, volume, self.activation_checkpointing)
         return (*skips, self.attend(tokens))
 
     def read(self, volume: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ __all__ = [
     "load_encoder",
     "place_in_window",
     "principal_colours",
+    "strict_stem_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,18 @@ def load_encoder(network: nn.Module, checkpoint: str | Path) -> nn.Module:
         )
     checkpoints.load_network(network, weights, checkpoint)
     return network
+
+
+def strict_stem_of(checkpoint: str | Path | None, given: bool | None = None) -> bool:
+    """Tell which stem to build.
+
+    Args:
+        checkpoint: that will be loaded. Where there is none yet, the strict stem is built.
+        given: what the user says, if anything; else it is read off the checkpoint.
+    """
+    if given is not None or checkpoint is None or not Path(checkpoint).is_file():
+        return given is not False
+    return bool(checkpoints.has_strict_stem(checkpoints.load_state_dict(checkpoint)))
 
 
 class Placement(NamedTuple):

@@ -118,7 +118,8 @@ class DrawnDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         self.dataset.transform.set_random_state(seed=draw.seed)
-        # Prepared volumes are plain tensors: keeping MONAI's records of each crop would take a fifth of a draw.
+        # Volumes prepared in memory are plain tensors (other datasets may have to prepare them yet): to keep MONAI's
+        # records of each crop would take a fifth of a draw.
         tracked = get_track_meta()
         set_track_meta(tracked and not isinstance(self.dataset, CacheDataset))
         try:
@@ -206,9 +207,9 @@ def build_dataset(
 
 
 def _hash_file(item: dict[str, Any]) -> bytes:
-    """Name a cached volume by its path, size and time of change, so that a changed file is prepared afresh."""
-    path = Path(item["image"]).absolute()
-    identity = repr(
-        (str(path), item.get("case"), item.get("field_of_view"), path.stat().st_size, path.stat().st_mtime_ns)
-    )
+    """Name a cached volume by its files' paths, sizes and times of change, so that a changed one is prepared afresh."""
+    files = [Path(item["image"]).absolute()]
+    files += [Path(item["label"]).absolute()] if Path(str(item.get("label", ""))).is_file() else []
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    identity = repr((states, item.get("case"), item.get("field_of_view")))
     return hashlib.sha256(identity.encode()).hexdigest().encode()

@@ -123,7 +123,7 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
         device: of this process.
         mode: ``ddp``: every process holds the whole network and gradients are averaged (DistributedDataParallel);
             ``fsdp``: weights, gradients and the optimiser's memory are divided among them, block by block (torch's
-            ``fully_shard``), for networks that one GPU cannot hold.
+            ``fully_shard``), for networks that one GPU cannot hold; ``none``: of a workflow that does not do this.
 
     Returns:
         What to train: a wrapper, or the network itself.
@@ -132,6 +132,8 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
         ValueError: for another ``mode``.
     """
     device = torch.device(device)
+    if mode == "none":
+        raise ValueError("this workflow runs in one process: start it without torchrun, and without multi_gpu.yaml")
     if mode == "ddp":
         # Said of a transposed convolution's weight, whose one input channel has no stride to speak of.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

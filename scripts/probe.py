@@ -75,7 +75,7 @@ class FrozenProbe:
         val_x, val_y, val_classes = self._read(self.val_loader, "encoding validation cases")
         report = {**self.about, "training_cases": len(train_x), "validation_cases": len(val_x)}
         if train_classes:
-            names = sorted(set(train_classes))
+            names = sorted({*train_classes, *val_classes})
             one_hot = [
                 torch.tensor([[name == own for name in names] for own in c]).double()
                 for c in (train_classes, val_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -12,24 +13,29 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import Dataset, MetaTensor
+from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.metrics import HausdorffDistanceMetric
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
-from monai.transforms import Invertd
+from monai.transforms import Compose, Invertd
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import checkpoints
+from .data import reason
+from .encoder import BertsWinEncoder
 from .engine import AutocastInferer
-from .inference import load_encoder
+from .inference import load_encoder, strict_stem_of
 
 __all__ = [
-    "AutocastWindowInferer",
     "BoundedHausdorffMetric",
     "FreezeEncoder",
+    "LogitsInferer",
+    "LogitsWindowInferer",
     "MaskWriter",
     "SegmentationNetwork",
+    "build_encoder",
     "parameter_groups",
     "start_from",
 ]
@@ -59,8 +65,9 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.num_levels = encoder.patch_size.bit_length() - 1
-        with torch.no_grad():
-            *skips, features = encoder.forward_with_skips(torch.zeros(1, encoder.in_chans, *encoder.img_size))
+        with torch.no_grad():  # of the shapes alone
+            volume = torch.empty(1, encoder.in_chans, *encoder.img_size, device="meta")
+            *skips, features = copy.deepcopy(encoder).to("meta").forward_with_skips(volume)
         if len(skips) < self.num_levels - 1:
             raise ValueError(
                 f"the encoder gives {len(skips)} skips where patches of {encoder.patch_size} voxels need "
@@ -69,6 +76,7 @@ class SegmentationNetwork(nn.Module):
         widths = [feature_size * 2**level for level in range(self.num_levels)]
         residual = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
         self.skips = nn.ModuleList([UnetrBasicBlock(3, encoder.in_chans, widths[0], stride=1, **residual)])
+        # What lies beyond the last level is on the grid of the features, which hold it.
         for level, (skip, width) in enumerate(zip(skips, widths[1:], strict=False), start=1):
             doublings = (encoder.img_size[0] // 2**level // skip.shape[2]).bit_length() - 1
             if doublings:
@@ -97,7 +105,25 @@ class SegmentationNetwork(nn.Module):
         skips = [block(skip) for block, skip in zip(self.skips, [volume, *given], strict=False)]
         for up, skip in zip(reversed(self.ups), reversed(skips), strict=True):
             hidden = up(hidden, skip)
-        return self.out(hidden).float()
+        return self.out(hidden)
+
+
+def build_encoder(
+    settings: dict[str, Any], pretrained: str | Path | None, finetuned: str | Path | None = None
+) -> BertsWinEncoder:
+    """Build an encoder, with the kind of stem that its weights have, and fill it.
+
+    Args:
+        settings: arguments of :class:`BertsWinEncoder`. ``strict_stem`` may be None: it is read off the weights;
+            without any it is strict, as its stages are the better skips.
+        pretrained: ``encoder.pt`` of a tuning, or ``model.pt``; None: random weights.
+        finetuned: ``model.pt`` of this network, if there is one: its weights are loaded later, over these.
+
+    Raises:
+        ValueError: when there are no such weights, or they do not fit the settings.
+    """
+    strict = strict_stem_of(pretrained or finetuned, settings["strict_stem"])
+    return start_from(BertsWinEncoder(**(settings | {"strict_stem": strict})), pretrained)
 
 
 def start_from(
@@ -110,10 +136,7 @@ def start_from(
         pretrained: what ``load`` reads.
         load: fills an encoder from a file, or says why not.
     """
-    if pretrained is None:
-        logger.warning("no --pretrained: the encoder starts from random weights")
-        return encoder
-    return load(encoder, pretrained)
+    return encoder if pretrained is None else load(encoder, pretrained)
 
 
 def parameter_groups(network: nn.Module, learning_rate: float, encoder_learning_rate: float) -> list[dict[str, Any]]:
@@ -156,8 +179,18 @@ class FreezeEncoder:
         self.encoder.requires_grad_(not frozen)
 
 
-class AutocastWindowInferer(AutocastInferer):
+class LogitsInferer(AutocastInferer):
+    """Autocast, and logits in float32: a Dice over thousands of voxels needs more than half precision."""
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(B, C, D, H, W)`` to logits."""
+        return super().__call__(inputs, network, *args, **kwargs).float()
+
+
+class LogitsWindowInferer(LogitsInferer):
     """MONAI's sliding window under autocast, for volumes of any size.
+
+    Windows are on the device a batch at a time; volumes and logits are gathered in main memory.
 
     Args:
         window_size: the network's ``img_size``, in voxels.
@@ -178,51 +211,54 @@ class AutocastWindowInferer(AutocastInferer):
         device: str | torch.device,
     ) -> None:
         super().__init__(precision, device)
-        self.windows = SlidingWindowInferer(window_size, batch_size, overlap, mode="gaussian", cval=background)
+        self.windows = SlidingWindowInferer(
+            window_size, batch_size, overlap, mode="gaussian", cval=background, sw_device=device, device="cpu"
+        )
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map a volume ``(B, C, D, H, W)`` to logits of the same size."""
-        return super().__call__(inputs, partial(self.windows, network=network), *args, **kwargs)
+        return super().__call__(inputs.cpu(), partial(self.windows, network=network), *args, **kwargs)
 
 
 class BoundedHausdorffMetric(HausdorffDistanceMetric):
-    """MONAI's Hausdorff distance, in voxels; a structure that is missed altogether is as far off as the volume is long.
+    """MONAI's Hausdorff distance, in voxels, finite where only one of the two has the structure.
 
-    MONAI says infinity there, which makes every mean infinite.
+    MONAI says infinity where it is missed altogether, which makes every mean infinite, and nothing where it is found
+    though it is not there. Both are as far off here as the volume is long.
     """
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
         distance = super()._compute_tensor(y_pred, y, **kwargs)
         diagonal = torch.tensor(y.shape[2:], dtype=distance.dtype, device=distance.device).norm()
-        return torch.where(distance.isinf(), diagonal, distance)
+        found, there = (mask[:, -distance.shape[1] :].flatten(2).any(dim=2) for mask in (y_pred > 0, y > 0))
+        return torch.where(found.to(distance.device) != there.to(distance.device), diagonal, distance)
 
 
 class MaskWriter:
     """Segment a folder of volumes: a label map for each, on the voxels of its file.
 
     Args:
-        dataset: items of ``image`` ``(C, D, H, W)`` and ``case``, or of ``case`` and ``error``; its ``transform`` is
-            undone on the label map.
+        loader: of single cases, of ``image`` ``(C, D, H, W)`` and ``case``, or of ``case`` and ``error``.
+        preparation: what was done to the image, to be undone on the label map.
         network: fills with the weights and segments.
         checkpoint: ``model.pt`` of a finetuning.
         inferer: slides the network over a volume.
         output_dir: for ``<case>.nii.gz``.
-        device: that the network runs on.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        loader: DataLoader,
+        preparation: Compose,
         network: nn.Module,
         checkpoint: str | Path,
-        inferer: AutocastWindowInferer,
+        inferer: LogitsWindowInferer,
         output_dir: str | Path,
-        device: str | torch.device,
     ) -> None:
-        self.dataset, self.network, self.checkpoint, self.inferer = dataset, network, checkpoint, inferer
-        self.output_dir, self.device = Path(output_dir), device
+        self.loader, self.network, self.checkpoint, self.inferer = loader, network, checkpoint, inferer
+        self.output_dir = Path(output_dir)
+        self.undo = Invertd("pred", preparation, "image", nearest_interp=True, to_tensor=False)
 
-    @torch.no_grad()
     def run(self) -> None:
         """Segment all volumes.
 
@@ -231,20 +267,31 @@ class MaskWriter:
         """
         checkpoints.load_network(self.network, checkpoints.load_state_dict(self.checkpoint), self.checkpoint)
         self.network.eval()
-        undo = Invertd("pred", self.dataset.transform, "image", nearest_interp=True, to_tensor=False)
         failed = []
-        for item in tqdm(self.dataset, desc="segmenting", unit="volume", leave=False, disable=None):
-            if "error" in item:
-                failed.append(f"{item['case']}: {item['error']}")
-                continue
-            image = item["image"]
-            logits = self.inferer(image[None].as_tensor().to(self.device), self.network)[0]
-            labels = MetaTensor(logits.argmax(dim=0, keepdim=True).float().cpu(), meta=image.meta)
-            labels = undo({"image": image, "pred": labels})["pred"]
-            path = self.output_dir / f"{item['case']}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(labels[0].numpy().astype(np.uint8), labels.affine.numpy()), path)
-        logger.info("wrote %d label maps to %s", len(self.dataset) - len(failed), self.output_dir)
+        for item in tqdm(self.loader, desc="segmenting", unit="volume", leave=False, disable=None):
+            problem = item.get("error")
+            if problem is None:
+                try:
+                    self._segment(item["image"], self.output_dir / f"{item['case']}.nii.gz")
+                except Exception as error:  # out of memory on one volume must not cost the others
+                    problem = reason(error)
+            if problem:
+                failed.append(f"{item['case']}: {problem}")
+        total = len(self.loader.dataset)
+        logger.info("label maps of %d of %d volumes are in %s", total - len(failed), total, self.output_dir)
         if failed:
             listing = "\n  ".join(failed)
-            raise ValueError(f"{len(failed)} of {len(self.dataset)} volumes cannot be segmented:\n  {listing}")
+            raise ValueError(f"{len(failed)} of {total} volumes could not be segmented:\n  {listing}")
+
+    @torch.no_grad()
+    def _segment(self, image: MetaTensor, path: Path) -> None:
+        source = Path(image.meta["filename_or_obj"])
+        if path.exists() and path.samefile(source):
+            raise ValueError(f"its label map would overwrite it: choose another --output_dir than {self.output_dir}")
+        logits = self.inferer(image[None].as_tensor(), self.network)[0]
+        labels = MetaTensor(logits.argmax(dim=0, keepdim=True).float(), meta=image.meta)
+        labels = self.undo({"image": image, "pred": labels})["pred"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}")
+        nib.save(nib.Nifti1Image(labels[0].numpy().astype(np.uint8), labels.affine.numpy()), beside)
+        beside.replace(path)

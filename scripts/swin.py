@@ -254,7 +254,7 @@ def join_heads(attended: Tensor, num_windows: int) -> Tensor:
     return attended.transpose(1, 2).flatten(2).unflatten(0, (-1, num_windows))
 
 
-def maybe_checkpointed(function: Callable[[Tensor], Tensor], inputs: Tensor, enabled: bool) -> Tensor:
+def maybe_checkpointed(function: Callable[[Tensor], Any], inputs: Tensor, enabled: bool) -> Any:
     """Compute ``function(inputs)``; if enabled, keep the inputs alone and compute it again on the way back."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random

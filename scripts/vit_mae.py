@@ -164,6 +164,8 @@ def load_vit_encoder(encoder: ViTEncoder, checkpoint: str | Path) -> ViTEncoder:
     Raises:
         ValueError: when there is no such file, or it does not fit.
     """
+    if checkpoint is None:
+        raise ValueError("give --pretrained, the model.pt of a pre-training with peers/vit_mae.yaml")
     weights = checkpoints.load_state_dict(checkpoint)
     parts = ("cls_token", "patch_embedding.", "blocks.")
     checkpoints.load_network(encoder, {n: w for n, w in weights.items() if n.startswith(parts)}, checkpoint)

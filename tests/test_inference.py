@@ -18,6 +18,7 @@ from scripts.inference import (
     load_encoder,
     place_in_window,
     principal_colours,
+    strict_stem_of,
 )
 
 ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
@@ -309,3 +310,12 @@ def test_skips_are_placed_where_their_kernels_are_centred(strict_stem):
         placement = Placement((0, 0, 0), (32, 32, 32), 8)
         affine = feature_affine(np.eye(4), placement, 2**level, None if strict_stem else 0.0)
         assert (affine @ [2, 0, 0, 1])[0] == pytest.approx(centre.item())
+
+
+def test_the_kind_of_stem_is_read_off_the_checkpoint(tmp_path):
+    for strict in (True, False):
+        torch.save(tiny(strict_stem=strict).encoder.state_dict(), tmp_path / "encoder.pt")
+        assert strict_stem_of(tmp_path / "encoder.pt") == strict
+    assert strict_stem_of(tmp_path / "encoder.pt", given=True)
+    assert strict_stem_of(None)
+    assert strict_stem_of(tmp_path / "nowhere.pt")

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY_KNOBS, write_volume
 from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose, Lambdad, RandGaussianNoised, ScaleIntensityd
 
-from scripts.loading import DrawnDataset, DrawSampler, build_dataset
+from scripts.loading import DrawnDataset, DrawSampler, _hash_file, build_dataset
 
 
 def draws(sampler, epoch):
@@ -189,3 +189,12 @@ def test_draws_leave_what_the_cache_keeps_as_it_was(modality, tmp_path):
     for batch in workflow.parser.get_parsed_content("train::dataloader"):
         batch["image"].zero_()  # what is handed out is a copy
     assert all(torch.equal(item["image"], image) for item, image in zip(cache, before, strict=True))
+
+
+def test_a_changed_label_is_not_answered_from_the_disk_cache(tmp_path):
+    (tmp_path / "image").write_text("image")
+    names = set()
+    for text in ("one", "other label"):
+        (tmp_path / "label").write_text(text)
+        names.add(_hash_file({"image": str(tmp_path / "image"), "label": str(tmp_path / "label"), "case": "a"}))
+    assert len(names) == 2

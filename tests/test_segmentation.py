@@ -9,15 +9,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, records, tiny, trainer, write_volume
 from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
 
-from scripts import BertsWinEncoder
+from scripts import BertsWinEncoder, parallel
+from scripts.data import check_labels, find_cases, labelled
 from scripts.segmentation import (
-    AutocastWindowInferer,
     BoundedHausdorffMetric,
     FreezeEncoder,
+    LogitsWindowInferer,
     SegmentationNetwork,
+    build_encoder,
     parameter_groups,
-    start_from,
 )
 from scripts.vit_mae import ViTEncoder
 
@@ -90,14 +92,15 @@ def test_a_missed_structure_is_as_far_as_the_volume_is_long():
     truth[:, 1, 2, 2, 2], truth[:, 2, 3, 3, 3] = 1, 1
     found = truth.clone()
     found[:, 2] = 0
-    metric = BoundedHausdorffMetric(include_background=False)
-    metric(found, truth)
-    assert metric.aggregate().item() == pytest.approx(26 / 2)  # 0 for the first, the diagonal for the second
+    for pair in ((found, truth), (truth, found)):  # missed, and found where it is not
+        metric = BoundedHausdorffMetric(include_background=False)
+        metric(*pair)
+        assert metric.aggregate().item() == pytest.approx(26 / 2)  # 0 for the first, the diagonal for the second
 
 
 def test_large_and_small_volumes_are_covered_by_windows():
     network = SegmentationNetwork(encoder(), 2, 4).eval()
-    inferer = AutocastWindowInferer([32, 32, 32], 0.5, 2, -1.0, "fp32", "cpu")
+    inferer = LogitsWindowInferer([32, 32, 32], 0.5, 2, -1.0, "fp32", "cpu")
     with torch.no_grad():
         for shape in ((20, 32, 50), (9, 9, 9)):
             assert inferer(noise(1, 1, *shape), network).shape == (1, 2, *shape)
@@ -105,11 +108,13 @@ def test_large_and_small_volumes_are_covered_by_windows():
         torch.testing.assert_close(inferer(volume, network), network(volume), rtol=1e-4, atol=1e-5)
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    torch.save(tiny().state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="strict_stem false"):
-        start_from(encoder("strict"), tmp_path / "model.pt")
-    start_from(encoder("default"), tmp_path / "model.pt")
+def test_the_kind_of_stem_is_read_off_the_weights_and_others_are_refused(tmp_path):
+    for strict in (True, False):
+        torch.save(tiny(strict_stem=strict).state_dict(), tmp_path / "model.pt")
+        assert build_encoder(ENCODER | {"strict_stem": None}, tmp_path / "model.pt").strict_stem == strict
+        with pytest.raises(ValueError, match=f"add --strict_stem {str(strict).lower()}"):
+            build_encoder(ENCODER | {"strict_stem": not strict}, tmp_path / "model.pt")
+    assert build_encoder(ENCODER | {"strict_stem": None}, None).strict_stem
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +151,11 @@ def finetune(*overlays, run="finetuning", **knobs):
 
 
 @pytest.mark.slow
-def test_finetuning_scores_every_case_and_prediction_writes_masks_on_the_files_voxels(labelled_cohort, tmp_path):
-    torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
+@pytest.mark.parametrize("strict_stem", [True, False])
+def test_finetuning_scores_every_case_and_prediction_writes_masks_on_the_files_voxels(
+    labelled_cohort, tmp_path, strict_stem
+):
+    torch.save(tiny(strict_stem=strict_stem).state_dict(), tmp_path / "model.pt")
     settings = {"dataset_dir": labelled_cohort, "output_dir": tmp_path / "out"}
     result = finetune(pretrained=tmp_path / "model.pt", num_train_cases=3, max_epochs=3, val_interval=2, **settings)
     assert result.returncode == 0, result.stderr
@@ -163,7 +171,7 @@ def test_finetuning_scores_every_case_and_prediction_writes_masks_on_the_files_v
     assert "num_train_cases 3, not 4" in again.stderr
 
     masks = tmp_path / "masks"
-    checkpoints = {"ckpt_dir": tmp_path / "out" / "checkpoints"}
+    checkpoints = {"ckpt_dir": tmp_path / "out" / "checkpoints", "spacing": "[1.2, 1.1, 1.0]"}
     predicted = finetune(run="prediction", **(settings | checkpoints | {"output_dir": masks}))
     assert predicted.returncode == 0, predicted.stderr
     for path in (labelled_cohort / "imagesTr").iterdir():
@@ -203,3 +211,64 @@ def test_a_finetuning_without_enough_labels_is_refused(labelled_cohort, cohort, 
     assert result.returncode == 1
     assert problem in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_volume_that_cannot_be_segmented_does_not_stop_the_others_and_scans_are_not_overwritten(
+    labelled_cohort, tmp_path
+):
+    network = SegmentationNetwork(encoder(), out_channels=2, feature_size=4)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / "model.pt")
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    good = nib.load(labelled_cohort / "imagesTr" / "0.nii.gz")
+    nib.save(good, scans / "good.nii.gz")
+    nib.save(nib.Nifti1Image(np.full((9, 9, 9), np.nan, np.float32), np.eye(4)), scans / "bad.nii.gz")
+    (scans / "cut.nii.gz").write_bytes((scans / "good.nii.gz").read_bytes()[:500])
+    knobs = {"run": "prediction", "dataset_dir": scans, "ckpt_dir": tmp_path / "checkpoints"}
+    result = finetune(**knobs, output_dir=tmp_path / "masks")
+    assert result.returncode == 1
+    assert "2 of 3 volumes could not be segmented" in result.stderr
+    assert "bad: has 729 voxels that are NaN" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["good.nii.gz"]
+
+    result = finetune(**knobs, output_dir=scans)
+    assert result.returncode == 1
+    assert "good: its label map would overwrite it" in result.stderr
+    assert np.array_equal(nib.load(scans / "good.nii.gz").dataobj, good.dataobj)
+
+
+def test_label_maps_are_read_before_training(labelled_cohort, tmp_path):
+    cases = labelled(find_cases(labelled_cohort)["training"])
+    assert check_labels(cases, 1) == cases
+    image = nib.load(cases[0]["image"])
+    odd = np.zeros(image.shape, np.uint8)
+    odd[3, 3, 3] = 7
+    nib.save(nib.Nifti1Image(odd, image.affine), tmp_path / "odd.nii.gz")
+    nib.save(nib.Nifti1Image(odd[1:], image.affine), tmp_path / "small.nii.gz")
+    (tmp_path / "cut.nii.gz").write_bytes(b"no")
+    wrong = [cases[0] | {"label": str(tmp_path / f"{name}.nii.gz")} for name in ("odd", "small", "cut")]
+    with pytest.raises(ValueError, match="3 of 4 label maps cannot be used") as caught:
+        check_labels([*wrong, cases[1]], 1)
+    for message in (
+        "values 0, 7 where 0 to 1",
+        "shape (29, 40, 28) where its image has (30, 40, 28)",
+        "cannot be read",
+    ):
+        assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_config_has_what_monai_wants_of_a_training(labelled_cohort, tmp_path):
+    files = [str(ROOT / "configs" / name) for name in ("finetune_segmentation.yaml", "small.yaml")]
+    settings = FINETUNING | {"dataset_dir": str(labelled_cohort), "output_dir": str(tmp_path)}
+    workflow = ConfigWorkflow(files, workflow_type="train", **settings)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(ValueError, match="this workflow runs in one process"):
+        parallel.distribute(tiny(), "cpu", mode="none")
