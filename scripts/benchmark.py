@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -274,6 +275,7 @@ def time_training(config_file: Sequence[str], epochs: int, **knobs: Any) -> tupl
         profiler = BasicTimeProfiler()
         profiler.attach(trainer)
         workflow.run()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the workflow took for itself
     kept = slice(trainer.state.epoch_length, None)
     return workflow, profiler.dataflow_times[kept], profiler.processing_times[kept]
 

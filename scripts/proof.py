@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import fire
 import matplotlib as mpl
 
+from . import checkpoints
 from .benchmark import time_training
 from .data import case_seed, find_cases, split_cases
 
@@ -50,18 +51,28 @@ TITLES = {
     "unetr": "MONAI UNETR, from scratch",
     "unet": "MONAI U-Net, from scratch",
 }
+TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
 COLOURS = dict(
     zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "gold", "tab:grey", "tab:red", "tab:green"), strict=True)
 )
-# What is fine-tuned: overlays and knobs. Weights that were never trained need no careful start.
-FROM_SCRATCH = {"freeze_epochs": 0, "encoder_learning_rate": 0.001}
-SEGMENTATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "bertswin_strict": ((), {}),
-    "random": ((), FROM_SCRATCH),
-    "vit_mae": (("peers/vit_segmentation.yaml",), {}),
-    "unetr": (("peers/unetr.yaml",), FROM_SCRATCH),
-    "unet": (("peers/unet.yaml",), FROM_SCRATCH),
+# What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
+# and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
+FINETUNING_RATES = (0.0003, 0.001, 0.003)
+SEGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "bertswin_strict": (),
+    "random": (),
+    "vit_mae": ("peers/vit_segmentation.yaml",),
+    "unetr": ("peers/unetr.yaml",),
+    "unet": ("peers/unet.yaml",),
 }
+PRETRAINED = ("bertswin_strict", "vit_mae")
+
+
+def finetuning_knobs(name: str, rate: float) -> dict[str, Any]:
+    """Say what a rate of the grid means for a contestant."""
+    if name in PRETRAINED:
+        return {"encoder_learning_rate": rate, "freeze_epochs": 4}
+    return {"learning_rate": rate, "encoder_learning_rate": rate, "freeze_epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -82,17 +93,19 @@ class Run:
 
     @property
     def record(self) -> Path:
-        """The file that says that the run is complete, and with which knobs."""
+        """The file that says with which knobs it was started, and whether it is complete."""
         return self.folder / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where its weights are."""
-        return self.folder / "checkpoints"
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the lines of ``metrics.jsonl``."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def last_weights(self) -> Path:
+        """Write the network of the last epoch, flat: unlike ``model.pt``, no validation volume has chosen it."""
+        path = self.folder / "last.pt"
+        if not path.exists():
+            checkpoints.save(checkpoints.load(self.folder / "checkpoints" / "training_state.pt")["network"], path)
+        return path
 
     def execute(self, threads: int) -> None:
         """Run it, unless it is complete.
@@ -102,15 +115,18 @@ class Run:
         """
         settings = {"workflow": self.workflow, "configs": list(self.configs), "knobs": self.knobs}
         if self.record.exists():
-            if json.loads(self.record.read_text()) != settings:
+            found = json.loads(self.record.read_text())
+            if found | {"complete": True} != settings | {"complete": True}:
                 raise ValueError(f"{self.folder} holds a run with other knobs, see {self.record}: remove it")
-            return
+            if found["complete"]:
+                return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.record.write_text(json.dumps(settings | {"complete": False}, indent=1) + "\n")
         files = str([str(ROOT / "configs" / name) for name in self.configs])
         command = [sys.executable, "-m", "monai.bundle", "run", self.workflow, "--config_file", files]
         for name, value in (self.knobs | {"output_dir": str(self.folder)}).items():
             command += [f"--{name}", json.dumps(value) if isinstance(value, list | bool) else str(value)]
-        if self.checkpoints.exists():
+        if (self.folder / "checkpoints").exists():
             command += ["--resume", "true"]
         log = self.folder / "log.txt"
         with log.open("a") as lines:
@@ -118,15 +134,26 @@ class Run:
             ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=lines, stderr=lines, check=False)  # noqa: S603
         if ended.returncode:
             raise ValueError(f"{' '.join(command)}\nended with {ended.returncode}:\n{log.read_text()[-2000:]}")
-        self.record.write_text(json.dumps(settings, indent=1) + "\n")
+        self.record.write_text(json.dumps(settings | {"complete": True}, indent=1) + "\n")
 
 
 def execute(runs: Sequence[Run], jobs: int) -> None:
-    """Do the runs that are not complete, some at a time, each with its share of the cores."""
+    """Do the runs that are not complete, some at a time, each with its share of the cores.
+
+    Raises:
+        ValueError: of the first run that fails; no other is started then.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs {jobs} must be at least 1")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(run.execute, threads) for run in runs]:
-            future.result()
+        started = [pool.submit(run.execute, threads) for run in runs]
+        try:
+            for run in as_completed(started):
+                run.result()
+        except BaseException:  # also when the user stops it
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def convergence(
@@ -217,8 +244,8 @@ def convergence(
 def segmentation(
     dataset_dir: str,
     output_dir: str = "runs/proof",
-    num_labelled: Sequence[int | None] = (5, 20, None),
-    seeds: Sequence[int] = (0, 1, 2),
+    num_labelled: Sequence[int | None] | int = (5, 20, None),
+    seeds: Sequence[int] | int = (0, 1, 2),
     epochs: int = 200,
     selection_epochs: int = 50,
     finetuning_epochs: int = 20,
@@ -226,8 +253,9 @@ def segmentation(
 ) -> None:
     """Fine-tune to segment, with few labels and with many: pre-trained encoders and networks from scratch.
 
-    All learn from the same cases for the same number of draws, and the last epoch is scored, on the validation cases:
-    nothing is chosen by them.
+    All learn from the same cases for the same number of draws, each at the rate of a grid that does best on a fifth of
+    the *training* cases after learning from 20 of the others. The last epoch is scored, on the validation cases, and
+    the encoders are those of the last epoch of their pre-training: nothing is chosen by the validation cases.
 
     Args:
         dataset_dir: a Decathlon folder or a datalist, with labels.
@@ -239,18 +267,39 @@ def segmentation(
         finetuning_epochs: of the fine-tunings.
         jobs: runs at a time.
     """
+    num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
     folder = Path(output_dir).resolve()
     weights = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)
+    inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
+    about = {"max_epochs": finetuning_epochs}
+
+    def finetuning(name: str, rate: float, place: str, **settings: Any) -> Run:
+        knobs = finetuning_knobs(name, rate) | ({"pretrained": str(weights[name])} if name in weights else {})
+        return _finetuning(folder / place, SEGMENTATIONS[name], knobs, about | settings)
+
+    candidates = {
+        (name, rate): finetuning(
+            name, rate, f"segmentation_selection/{name}_{rate:g}", dataset_dir=inner, num_train_cases=20, seed=0
+        )
+        for name in SEGMENTATIONS
+        for rate in FINETUNING_RATES
+    }
+    execute(list(candidates.values()), jobs)
+    found = {key: run.metrics()[-1]["val_dice"] for key, run in candidates.items()}
+    chosen = {name: max(FINETUNING_RATES, key=lambda rate, name=name: found[name, rate]) for name in SEGMENTATIONS}
+    print("\n".join(f"{name} at {rate:g}: {score:.3f}" for (name, rate), score in found.items()))
     runs = {
-        (name, most, seed): _finetuning(
-            folder / "segmentation" / f"{name}_{most or 'all'}_{seed}",
-            configs,
-            knobs | ({"pretrained": str(weights[name])} if name in weights else {}),
-            {"dataset_dir": dataset_dir, "num_train_cases": most, "seed": seed, "max_epochs": finetuning_epochs},
+        (name, most, seed): finetuning(
+            name,
+            chosen[name],
+            f"segmentation/{name}_{most or 'all'}_{seed}",
+            dataset_dir=dataset_dir,
+            num_train_cases=most,
+            seed=seed,
         )
         for seed in seeds
         for most in num_labelled
-        for name, (configs, knobs) in SEGMENTATIONS.items()
+        for name in SEGMENTATIONS
     }
     execute(list(runs.values()), jobs)
     scores = {key: run.metrics()[-1] for key, run in runs.items()}
@@ -260,8 +309,8 @@ def segmentation(
 def tuning(
     dataset_dir: str,
     output_dir: str = "runs/proof",
-    num_labelled: Sequence[int | None] = (5, 20, None),
-    seeds: Sequence[int] = (0, 1, 2),
+    num_labelled: Sequence[int | None] | int = (5, 20, None),
+    seeds: Sequence[int] | int = (0, 1, 2),
     epochs: int = 200,
     selection_epochs: int = 50,
     finetuning_epochs: int = 20,
@@ -281,13 +330,13 @@ def tuning(
         finetuning_epochs: of the decoders.
         jobs: runs at a time.
     """
+    num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
     folder = Path(output_dir).resolve()
-    tuned = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)["bertswin_strict"]
-    untuned = folder / "pretraining" / "bertswin_strict" / "checkpoints" / "model.pt"
+    weights = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)
     states = {
-        "patch mode": {"pretrained": str(untuned), "blockwise_norm": True},
-        "volumetric, untuned": {"pretrained": str(untuned)},
-        "volumetric, tuned": {"pretrained": str(tuned)},
+        "patch mode": {"pretrained": str(weights["untuned"]), "blockwise_norm": True},
+        "volumetric, untuned": {"pretrained": str(weights["untuned"])},
+        "volumetric, tuned": {"pretrained": str(weights["bertswin_strict"])},
     }
     frozen = {"freeze_epochs": finetuning_epochs, "max_epochs": finetuning_epochs}
     runs = {
@@ -351,7 +400,7 @@ def _pretrainings(
             {
                 **knobs,
                 "dataset_dir": str(Path(dataset_dir).resolve()),
-                "max_epochs": (allowed := round(epochs * max(1.0, seconds["bertswin"] / seconds[name]))),
+                "max_epochs": (allowed := round(_allowed_epochs(name, epochs, seconds))),
                 "early_stop_patience": allowed,
                 "learning_rate": chosen[name],
             },
@@ -360,22 +409,28 @@ def _pretrainings(
     }
 
 
+def _allowed_epochs(name: str, epochs: int, seconds: Mapping[str, float]) -> float:
+    """As many as fit in BertsWin's time; and in that of its stem tuning, for those that are not tuned."""
+    tuning = 0 if name.startswith("bertswin") else TUNING
+    return max(epochs, (epochs + tuning) * seconds["bertswin"] / seconds[name])
+
+
 def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
     """Pre-train what is not there yet, the ViT-MAE for as long as BertsWin takes, and tune the stem."""
     scores = _selection(dataset_dir, folder, selection_epochs, jobs)
     runs = _pretrainings(dataset_dir, folder, epochs, scores, _seconds_per_epoch(dataset_dir, folder))
-    execute([runs["bertswin_strict"], runs["vit_mae"]], jobs)
+    # Of the ViT-MAE, with the decoder that did better on the held-out training volumes.
+    vit = min(("vit_mae", "vit_mae_light"), key=lambda name: min(scores[name, rate] for rate in RATES))
+    execute([runs["bertswin_strict"], runs[vit]], jobs)
+    untuned = runs["bertswin_strict"].last_weights()
     tuned = Run(
         folder / "pretraining" / "bertswin_strict_tuned",
         "tuning",
         ("tune_stem.yaml", "small.yaml"),
-        {
-            "dataset_dir": str(Path(dataset_dir).resolve()),
-            "pretrained": str(runs["bertswin_strict"].checkpoints / "model.pt"),
-        },
+        {"dataset_dir": str(Path(dataset_dir).resolve()), "pretrained": str(untuned)},
     )
     execute([tuned], 1)
-    return {"bertswin_strict": tuned.checkpoints / "encoder.pt", "vit_mae": runs["vit_mae"].checkpoints / "model.pt"}
+    return {"bertswin_strict": tuned.last_weights(), "untuned": untuned, "vit_mae": runs[vit].last_weights()}
 
 
 def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], settings: dict[str, Any]) -> Run:
@@ -387,17 +442,17 @@ def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], set
 
 def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[str, float]:
     """Median over rounds, without validation, on all cores, one network after the other; measured once."""
-    path = folder / "seconds.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    path, source = folder / "seconds.json", str(Path(dataset_dir).resolve())
+    if path.exists() and (found := json.loads(path.read_text()))["dataset_dir"] == source:
+        return found["seconds"]
     seconds: dict[str, list[float]] = {name: [] for name in PRETRAININGS}
     for _ in range(rounds):
         for name, (configs, knobs) in PRETRAININGS.items():
             files = [str(ROOT / "configs" / config) for config in ("train.yaml", "small.yaml", *configs)]
-            _, waited, stepped = time_training(files, 1, **knobs, dataset_dir=dataset_dir)
+            _, waited, stepped = time_training(files, 1, **knobs, dataset_dir=source)
             seconds[name].append((waited.sum() + stepped.sum()).item())
     medians = {name: statistics.median(measured) for name, measured in seconds.items()}
-    path.write_text(json.dumps(medians, indent=1) + "\n")
+    path.write_text(json.dumps({"dataset_dir": source, "seconds": medians}, indent=1) + "\n")
     return medians
 
 
@@ -465,6 +520,10 @@ def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]
     print(f"{table}\n\nwrote {folder / name}.md, .json and .png")
 
 
+def _sequence(values: Sequence[int | None] | int) -> Sequence[int | None]:
+    return [values] if isinstance(values, int) else values
+
+
 def _shown(value: float | None, form: str = ".2f") -> str:
     return "never" if value is None else format(value, form)
 
@@ -476,7 +535,7 @@ def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
     ranked = sorted(training, key=lambda case: case_seed(case["case"], 1))
     held_out = max(1, len(ranked) // 5)
     content = {
-        fold: [{"image": str(Path(case["image"]).resolve())} for case in cases]
+        fold: [{key: str(Path(case[key]).resolve()) for key in ("image", "label") if key in case} for case in cases]
         for fold, cases in (("training", ranked[held_out:]), ("validation", ranked[:held_out]))
     }
     path.parent.mkdir(parents=True, exist_ok=True)
