@@ -165,8 +165,8 @@ def convergence(
 
     The learning rate of each is that which predicts a fifth of the *training* volumes best, after a shorter training on
     the other four fifths. (The strict stem takes that of the default one, and the lighter decoder that of the other.)
-    Validation volumes are those of the curves alone. The ViT-MAE is given as many epochs as it does in BertsWin's time. That is measured with
-    nothing beside, the networks taking turns.
+    Validation volumes are those of the curves alone. The ViT-MAE is given as many epochs as it does in the time that
+    BertsWin takes, its stem tuning included. That is measured with nothing beside, the networks taking turns.
 
     Args:
         dataset_dir: as for training.
@@ -505,7 +505,7 @@ def _report_scores(
     axis.set(ylabel="Dice, percent", ylim=(max(0, lowest - 5), None))
     axis.set_xticks([number + 0.4 - width / 2 for number in range(len(titles))], titles)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize="small", loc="outside right center")
+    figure.legend(frameon=False, fontsize="small", loc="outside right center")
     figure.savefig(folder / f"{name}.png", dpi=110)
     plt.close(figure)
 

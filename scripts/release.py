@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 import fire
 import torch
@@ -35,8 +35,8 @@ CONTENTS = (
     *("configs", "docs", "models", "scripts"),
     *("CITATION.cff", "LICENSE", "README.md", "large_files.yml", "pyproject.toml", "requirements.txt", "setup.py"),
 )
-# The only kinds of file that are ever published: no volumes, no archives, no keys.
-SUFFIXES = {*(".cff", ".conf", ".json", ".md", ".png", ".pt", ".py", ".toml", ".txt", ".yaml", ".yml"), ""}
+# The only kinds of file that are ever published, beside LICENSE: no volumes, no archives, no keys.
+SUFFIXES = {".cff", ".conf", ".json", ".md", ".png", ".pt", ".py", ".toml", ".txt", ".yaml", ".yml"}
 LARGEST = 16 * 2**20  # bytes of a file in the zip; what is larger goes through large_files.yml
 
 
@@ -80,17 +80,26 @@ def check(archive: str, schema: str | None = None) -> None:
     Raises:
         ValueError: naming what is wrong.
     """
+    for path in filter(None, (archive, schema)):
+        if not Path(path).is_file():
+            raise ValueError(f"there is no file {path}")
     with tempfile.TemporaryDirectory() as place:
-        with ZipFile(archive) as file:
-            file.extractall(place)
+        try:
+            with ZipFile(archive) as file:
+                file.extractall(place)
+        except BadZipFile as error:
+            raise ValueError(f"{archive} is no zip: {error}") from error
         root = Path(place) / NAME
+        if not (root / "configs/metadata.json").is_file():
+            raise ValueError(f"{archive} holds no {NAME}/configs/metadata.json")
         problems = [problem for path in sorted(root.rglob("*")) if path.is_file() for problem in _problems(path, root)]
         metadata = json.loads((root / "configs/metadata.json").read_text())
         if metadata["version"] not in metadata["changelog"]:
             problems.append(f"the changelog in metadata.json does not mention version {metadata['version']}")
         if problems:
             raise ValueError(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
-        shutil.copy(schema, Path(place) / "schema.json") if schema else None
+        if schema:
+            shutil.copy(schema, Path(place) / "schema.json")  # where MONAI looks before it downloads
         _monai(root, "verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", f"{place}/schema.json")
         _monai(
             root,
@@ -130,19 +139,21 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     Args:
         repo: ``owner/name``.
         archive: the zip; default: that of this version in ``dist``.
-        output_dir: for the folder, which is made anew.
+        output_dir: for the folder; that of an earlier release is replaced.
 
     Returns:
         The folder. The command that uploads it is printed.
 
     Raises:
-        ValueError: when there is no zip.
+        ValueError: when there is no zip, or something else where the folder would be.
     """
     version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
     source = Path(archive or ROOT / "dist" / f"{NAME}_v{version}.zip")
     if not source.is_file():
         raise ValueError(f"there is no {source}: build it first, by python -m scripts.release build")
     folder = Path(output_dir).resolve() / NAME
+    if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "configs/metadata.json").is_file()):
+        raise ValueError(f"{folder} is not of an earlier release: choose another --output_dir")
     shutil.rmtree(folder, ignore_errors=True)
     with ZipFile(source) as file:
         file.extractall(folder.parent)
@@ -158,7 +169,7 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
     """Say why a file must not be published."""
     name = path.relative_to(root)
     problems = []
-    if path.suffix not in SUFFIXES or any(part.startswith(".") for part in name.parts):
+    if (path.suffix not in SUFFIXES and str(name) != "LICENSE") or any(part.startswith(".") for part in name.parts):
         problems.append(f"{name} is not of a kind that is published")
     if largest is not None and path.stat().st_size > largest:
         problems.append(f"{name} is larger than {largest // 2**20} MB: list it in large_files.yml")

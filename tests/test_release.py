@@ -96,6 +96,7 @@ class Code:
     [
         ("docs/scan.nii.gz", None, "scan.nii.gz is not of a kind that is published"),
         ("models/code.pt", Code(), "code.pt"),
+        ("docs/id_rsa", "key", "id_rsa is not of a kind that is published"),
         ("models/nested.pt", {"network": {"weight": torch.zeros(1)}}, "nested.pt does not hold flat weights"),
         ("models/large.pt", {"weight": torch.zeros(5 * 2**20)}, "large.pt is larger than 16 MB"),
     ],
@@ -103,7 +104,12 @@ class Code:
 def test_data_code_and_what_is_too_large_are_refused(
     repository, schema, tmp_path, capfd, monkeypatch, name, content, message
 ):
-    write_volume(repository / name) if content is None else torch.save(content, repository / name)
+    if content is None:
+        write_volume(repository / name)
+    elif content == "key":
+        (repository / name).write_text("secret")
+    else:
+        torch.save(content, repository / name)
     git(repository, "add", "-A", "-f")
     git(repository, "commit", "-qm", "more")
     with pytest.raises(ValueError, match=message):
@@ -193,3 +199,16 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip(built, tmp_path, caps
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == names
     assert "hf upload owner/bertswin_mae" in capsys.readouterr().out
+    release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))  # again
+
+
+def test_what_is_no_earlier_release_is_not_replaced(built, repository, tmp_path):
+    mine = tmp_path / "mine" / "bertswin_mae"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("all of it")
+    for place in (mine.parent, repository.rename(tmp_path / "bertswin_mae").parent):
+        release.ROOT = tmp_path / "bertswin_mae"
+        with pytest.raises(ValueError, match="not of an earlier release"):
+            release.hugging_face("owner/bertswin_mae", str(built), str(place))
+    assert (mine / "thesis.txt").exists()
+    assert (tmp_path / "bertswin_mae" / "README.md").exists()
