@@ -59,6 +59,7 @@ COLOURS = dict(
 )
 # What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
 # and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
+FINETUNING = {"feature_size": 8, "iterations_per_epoch": 15, "val_interval": 1000}  # scored at the end alone
 FINETUNING_RATES = (0.0003, 0.001, 0.003)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "bertswin_strict": (),
@@ -311,7 +312,7 @@ def segmentation(
 def tuning(
     dataset_dir: str,
     output_dir: str = "runs/proof",
-    num_labelled: Sequence[int | None] | int = (5, 20, None),
+    num_labelled: Sequence[int | None] | int = (20,),
     seeds: Sequence[int] | int = (0, 1, 2),
     epochs: int = 200,
     selection_epochs: int = 50,
@@ -433,7 +434,7 @@ def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int,
 def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], settings: dict[str, Any]) -> Run:
     settings = {name: value for name, value in settings.items() if value is not None}
     settings["dataset_dir"] = str(Path(settings["dataset_dir"]).resolve())
-    all_knobs = {"val_interval": 1000} | knobs | settings  # scored at the end alone
+    all_knobs = FINETUNING | knobs | settings
     return Run(folder, "finetuning", ("finetune_segmentation.yaml", "small.yaml", *configs), all_knobs)
 
 
