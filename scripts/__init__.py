@@ -1,12 +1,11 @@
 """BertsWinMAE: 3D masked auto-encoder pre-training for medical volumes, as a MONAI bundle."""
 
-from pathlib import Path
-
 import monai.networks.nets
 
 from .bertswin_mae import BertsWinMAE, ConvDecoder, bertswin_mae_base_patch16_224, bertswin_mae_small_patch8_48x64x48
 from .encoder import BertsWinEncoder
 from .masking import patchify, random_masking, unpatchify
+from .pretrained import bundle_root, pretrained_encoder
 
 __all__ = [
     "BertsWinEncoder",
@@ -16,6 +15,7 @@ __all__ = [
     "bertswin_mae_small_patch8_48x64x48",
     "bundle_root",
     "patchify",
+    "pretrained_encoder",
     "random_masking",
     "unpatchify",
 ]
@@ -23,10 +23,3 @@ __all__ = [
 # Registered, so that a config anywhere can say `_target_: monai.networks.nets.BertsWinMAE`.
 monai.networks.nets.BertsWinMAE = BertsWinMAE
 monai.networks.nets.BertsWinEncoder = BertsWinEncoder
-
-
-def bundle_root() -> Path:
-    """Tell where the bundle lies, the folder of ``configs`` and ``models``: within the package or around it."""
-    package = Path(__file__).resolve().parent
-    installed = package / "bundle"
-    return installed if installed.is_dir() else package.parent

@@ -10,6 +10,7 @@ again, and what was interrupted goes on, so a command can be stopped and repeate
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ from .data import case_seed, find_cases, split_cases
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["Run", "convergence", "execute", "segmentation", "tuning"]
+__all__ = ["Run", "convergence", "execute", "finetuning_knobs", "segmentation", "tuning", "weights"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (0.00015, 0.0005, 0.0015, 0.0045)  # the grid for pre-training
@@ -358,6 +359,68 @@ def tuning(
     _report_scores(folder, "tuning", scores, list(states), num_labelled, seeds)
 
 
+def weights(
+    dataset_dir: str,
+    code_version: str,
+    output_dir: str = "runs/proof",
+    epochs: int = 200,
+    selection_epochs: int = 50,
+    jobs: int = 2,
+) -> None:
+    """Put the tuned encoder into ``models/model.pt``, and where it comes from into ``configs/metadata.json``.
+
+    Args:
+        dataset_dir: as of :func:`convergence`.
+        code_version: the commit that trained it.
+        output_dir: as of :func:`convergence`, whose runs are taken from there, or done first.
+        epochs: of the pre-training.
+        selection_epochs: of those that chose its rate.
+        jobs: runs at a time.
+    """
+    folder = Path(output_dir).resolve()
+    tuned = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)["bertswin_strict"]
+    model = ROOT / "models" / "model.pt"
+    checkpoints.save(checkpoints.encoder_part(checkpoints.load(tuned)), model)
+    names = sorted(case["case"] for case in _split(dataset_dir)["training"])
+    stages = {}
+    for title, name in (("pre-training", "bertswin_strict"), ("stem tuning", "bertswin_strict_tuned")):
+        run = Run(folder / "pretraining" / name, "", ())
+        about = json.loads(run.record.read_text())
+        records = run.metrics()
+        metric = next(key for key in ("val_mse", "val_objective") if key in records[-1])
+        paths = ("dataset_dir", "pretrained")
+        stages[title] = {
+            "configs": about["configs"],
+            "knobs": {key: value for key, value in about["knobs"].items() if key not in paths},
+            "seed": about["knobs"].get("seed", 0),
+            "curve": {metric: {str(r["epoch"]): round(r[metric], 4) for r in records if r["epoch"] % 10 == 0}},
+            "last": {key: round(value, 4) for key, value in records[-1].items() if key.startswith("val_")},
+        }
+    metadata_file = ROOT / "configs" / "metadata.json"
+    metadata = json.loads(metadata_file.read_text())
+    metadata["weights"] = {
+        "models/model.pt": {
+            "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "data": f"{len(names)} training volumes of {Path(dataset_dir).name}, no labels",
+            "split": {
+                "val_fraction": 0.2,
+                "sha256_of_training_cases": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+            },
+            "code_version": code_version,
+            "epoch": "the last one: no validation volume has chosen anything",
+            **stages,
+        }
+    }
+    metadata_file.write_text(json.dumps(metadata, indent=4) + "\n")
+    print(f"wrote {model} ({model.stat().st_size / 2**20:.1f} MB) and {metadata_file}")
+
+
+def _split(dataset_dir: str) -> dict[str, list[dict[str, Any]]]:
+    """Divide the cases as training does."""
+    folds = find_cases(dataset_dir)
+    return folds if "validation" in folds else split_cases(folds["training"], 0.2)
+
+
 def _selection(dataset_dir: str, folder: Path, epochs: int, jobs: int) -> dict[tuple[str, float], float]:
     """Train at every rate on a part of the training volumes, and score on the rest of them."""
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
@@ -528,9 +591,7 @@ def _shown(value: float | None, form: str = ".2f") -> str:
 
 def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
     """Write a datalist that divides the training volumes once more, as the names' hashes have it."""
-    folds = find_cases(dataset_dir)
-    training = folds["training"] if "validation" in folds else split_cases(folds["training"], 0.2)["training"]
-    ranked = sorted(training, key=lambda case: case_seed(case["case"], 1))
+    ranked = sorted(_split(dataset_dir)["training"], key=lambda case: case_seed(case["case"], 1))
     held_out = max(1, len(ranked) // 5)
     content = {
         fold: [{key: str(Path(case[key]).resolve()) for key in ("image", "label") if key in case} for case in cases]
@@ -543,6 +604,6 @@ def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"convergence": convergence, "segmentation": segmentation, "tuning": tuning})
+        fire.Fire({"convergence": convergence, "segmentation": segmentation, "tuning": tuning, "weights": weights})
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
 # What the comments in the blocks say.
 SHAPES = {
-    "README": {"features": (1, 192, 6, 8, 6)},
+    "README": {"features": (6, 192, 6, 8, 6), "alike": (6, 6), "reconstruction": (1, 1, 48, 64, 48)},
     "encoder": {
         "features": (2, 192, 6, 8, 6),
         "scores": (2, 2),
