@@ -59,6 +59,7 @@ def test_ckpt_export_writes_a_torchscript_that_computes_the_same(weights, encode
             "True",
         ),
         ckpt_file=weights,
+        checkpoint=weights,
         filepath=tmp_path / "model.ts",
     )
     assert result.returncode == 0, result.stderr
@@ -75,6 +76,7 @@ def test_onnx_export_agrees_with_onnxruntime(weights, encoder, volume, tmp_path)
     result = bundle(
         *("onnx_export", "--net_id", "network_def", "--config_file", CONFIG, "--meta_file", META),
         ckpt_file=weights,
+        checkpoint=weights,
         filepath=tmp_path / "model.onnx",
     )
     assert result.returncode == 0, result.stderr
