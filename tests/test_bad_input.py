@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from monai.bundle import ConfigWorkflow
 
 from scripts import checkpoints
-from scripts.data import causes, prepare_cases, volume_problem
+from scripts.data import causes, check_labels, labelled, prepare_cases, volume_problem
 
 TABLE = (ROOT / "docs" / "troubleshooting.md").read_text()
 
@@ -171,6 +171,36 @@ def test_a_volume_without_permission_is_refused_with_the_message_of_the_table():
         assert part in problem
 
 
+def odd_label(folder):
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[1, 2, 3] = 7
+    write(folder, labels, name="label.nii.gz")
+
+
+# How to make the label map, None for none, and how many are asked for.
+LABELS = {
+    "a damaged label map": (lambda folder: (folder / "label.nii.gz").write_bytes(b"no"), 1),
+    "labels beyond the last one": (odd_label, 1),
+    "a label map of another size": (lambda folder: write(folder, np.zeros((7, 8, 8)), name="label.nii.gz"), 1),
+    "no labels": (None, 1),
+    "fewer labels than asked for": (odd_label, 9),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_bad_label_map_is_refused_with_the_message_of_the_table(name, tmp_path):
+    make, most = LABELS[name]
+    write(tmp_path, ramp(8, 8, 8), name="image.nii.gz")
+    case = {"image": str(tmp_path / "image.nii.gz"), "case": "a"}
+    if make:
+        make(tmp_path)
+        case["label"] = str(tmp_path / "label.nii.gz")
+    with pytest.raises(ValueError) as caught:
+        check_labels(labelled([case], most), num_labels=2)
+    for part in row_of(name):
+        assert part in str(caught.value), str(caught.value)
+
+
 class Code:
     def __reduce__(self):
         return (print, ("executed",))
@@ -256,7 +286,7 @@ def test_a_bad_knob_is_refused_with_the_message_of_the_table(name, tmp_path):
 
 def test_every_row_of_the_table_is_tested():
     rows = set(re.findall(r"^\| ([^|`]+?) \| `", TABLE, re.MULTILINE))
-    assert rows == VOLUMES.keys() | CHECKPOINTS.keys() | KNOBS.keys() | {"no permission"}
+    assert rows == VOLUMES.keys() | LABELS.keys() | CHECKPOINTS.keys() | KNOBS.keys() | {"no permission"}
 
 
 @settings(

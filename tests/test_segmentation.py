@@ -12,7 +12,6 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder, parallel
-from scripts.data import check_labels, find_cases, labelled
 from scripts.segmentation import (
     BoundedHausdorffMetric,
     FreezeEncoder,
@@ -238,26 +237,6 @@ def test_a_volume_that_cannot_be_segmented_does_not_stop_the_others_and_scans_ar
     assert result.returncode == 1
     assert "good: its label map would overwrite it" in result.stderr
     assert np.array_equal(nib.load(scans / "good.nii.gz").dataobj, good.dataobj)
-
-
-def test_label_maps_are_read_before_training(labelled_cohort, tmp_path):
-    cases = labelled(find_cases(labelled_cohort)["training"])
-    assert check_labels(cases, 1) == cases
-    image = nib.load(cases[0]["image"])
-    odd = np.zeros(image.shape, np.uint8)
-    odd[3, 3, 3] = 7
-    nib.save(nib.Nifti1Image(odd, image.affine), tmp_path / "odd.nii.gz")
-    nib.save(nib.Nifti1Image(odd[1:], image.affine), tmp_path / "small.nii.gz")
-    (tmp_path / "cut.nii.gz").write_bytes(b"no")
-    wrong = [cases[0] | {"label": str(tmp_path / f"{name}.nii.gz")} for name in ("odd", "small", "cut")]
-    with pytest.raises(ValueError, match="3 of 4 label maps cannot be used") as caught:
-        check_labels([*wrong, cases[1]], 1)
-    for message in (
-        "values 0, 7 where 0 to 1",
-        "shape (29, 40, 28) where its image has (30, 40, 28)",
-        "cannot be read",
-    ):
-        assert message in str(caught.value)
 
 
 @pytest.mark.slow
