@@ -42,6 +42,8 @@ PRETRAININGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "bertswin_strict": ((), {"strict_stem": True}),
     "vit_mae": (("peers/vit_mae.yaml",), {}),
     "vit_mae_light": (("peers/vit_mae.yaml",), {"decoder_embed_dim": 96}),  # MONAI's proportion to the encoder's 192
+    # As little as will do: a tenth of the ViT-MAE's epochs. An epoch has the same draws, in twice as many steps.
+    "bertswin_brief": ((), {"strict_stem": True, "batch_size": 2, "iterations_per_epoch": 80}),
 }
 # These take the rate of those.
 RELATED = {"bertswin_strict": "bertswin", "vit_mae_light": "vit_mae"}
@@ -50,13 +52,14 @@ TITLES = {
     "bertswin_strict": "BertsWin, strict stem",
     "vit_mae": "MONAI ViT-MAE",
     "vit_mae_light": "MONAI ViT-MAE, decoder half as wide",
+    "bertswin_brief": "BertsWin, brief",
     "random": "BertsWin, random weights",
     "unetr": "MONAI UNETR, from scratch",
     "unet": "MONAI U-Net, from scratch",
 }
 TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
 COLOURS = dict(
-    zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "gold", "tab:grey", "tab:red", "tab:green"), strict=True)
+    zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "gold", "navy", "tab:grey", "tab:red", "tab:green"), strict=True)
 )
 # What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
 # and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
@@ -169,6 +172,7 @@ def convergence(
     the other four fifths. (The strict stem takes that of the default one, and the lighter decoder that of the other.)
     Validation volumes are those of the curves alone. The ViT-MAE is given as many epochs as it does in the time that
     BertsWin takes, its stem tuning included. That is measured with nothing beside, the networks taking turns.
+    One more BertsWin has a tenth of the ViT-MAE's epochs.
 
     Args:
         dataset_dir: as for training.
@@ -178,7 +182,7 @@ def convergence(
         jobs: runs at a time.
     """
     folder = Path(output_dir).resolve()
-    scores = _selection(dataset_dir, folder, selection_epochs, jobs)
+    scores = _selection(dataset_dir, folder, epochs, selection_epochs, jobs)
     seconds = _seconds_per_epoch(dataset_dir, folder)
     runs = _pretrainings(dataset_dir, folder, epochs, scores, seconds)
     execute(list(runs.values()), jobs)
@@ -421,8 +425,11 @@ def _split(dataset_dir: str) -> dict[str, list[dict[str, Any]]]:
     return folds if "validation" in folds else split_cases(folds["training"], 0.2)
 
 
-def _selection(dataset_dir: str, folder: Path, epochs: int, jobs: int) -> dict[tuple[str, float], float]:
+def _selection(
+    dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int
+) -> dict[tuple[str, float], float]:
     """Train at every rate on a part of the training volumes, and score on the rest of them."""
+    lengths = {name: _brief(epochs) if name == "bertswin_brief" else selection_epochs for name in PRETRAININGS}
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
     candidates = {
         (name, rate): Run(
@@ -432,8 +439,8 @@ def _selection(dataset_dir: str, folder: Path, epochs: int, jobs: int) -> dict[t
             {
                 **knobs,
                 "dataset_dir": str(inner),
-                "max_epochs": epochs,
-                "val_interval": epochs,
+                "max_epochs": lengths[name],
+                "val_interval": lengths[name],
                 "learning_rate": rate,
             },
         )
@@ -474,13 +481,19 @@ def _pretrainings(
 
 def _allowed_epochs(name: str, epochs: int, seconds: Mapping[str, float]) -> float:
     """As many as fit in BertsWin's time; and in that of its stem tuning, for those that are not tuned."""
+    if name == "bertswin_brief":
+        return _brief(epochs)
     tuning = 0 if name.startswith("bertswin") else TUNING
     return max(epochs, (epochs + tuning) * seconds["bertswin"] / seconds[name])
 
 
+def _brief(epochs: int) -> int:
+    return max(1, epochs // 9)  # the ViT-MAE has more than BertsWin
+
+
 def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
     """Pre-train what is not there yet, the ViT-MAE for as long as BertsWin takes, and tune the stem."""
-    scores = _selection(dataset_dir, folder, selection_epochs, jobs)
+    scores = _selection(dataset_dir, folder, epochs, selection_epochs, jobs)
     runs = _pretrainings(dataset_dir, folder, epochs, scores, _seconds_per_epoch(dataset_dir, folder))
     execute([runs["bertswin_strict"], runs["vit_mae"]], jobs)
     untuned = runs["bertswin_strict"].last_weights()
@@ -504,17 +517,25 @@ def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], set
 def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[str, float]:
     """Median over rounds, without validation, on all cores, one network after the other; measured once."""
     path, source = folder / "seconds.json", str(Path(dataset_dir).resolve())
+    known: dict[str, float] = {}
     if path.exists() and (found := json.loads(path.read_text()))["dataset_dir"] == source:
-        return found["seconds"]
-    seconds: dict[str, list[float]] = {name: [] for name in PRETRAININGS}
+        known = found["seconds"]
+    # What was measured stays, since numbers of epochs follow from it. What is new is measured beside the first.
+    names = list(dict.fromkeys(["bertswin", *(name for name in PRETRAININGS if name not in known)]))
+    if known and len(names) == 1:
+        return known
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name, (configs, knobs) in PRETRAININGS.items():
+        for name in names:
+            configs, knobs = PRETRAININGS[name]
             files = [str(ROOT / "configs" / config) for config in ("train.yaml", "small.yaml", *configs)]
             _, waited, stepped = time_training(files, 1, **knobs, dataset_dir=source)
             seconds[name].append((waited.sum() + stepped.sum()).item())
     medians = {name: statistics.median(measured) for name, measured in seconds.items()}
-    path.write_text(json.dumps({"dataset_dir": source, "seconds": medians}, indent=1) + "\n")
-    return medians
+    scale = known.get("bertswin", medians["bertswin"]) / medians["bertswin"]
+    known = {name: scale * median for name, median in medians.items()} | known
+    path.write_text(json.dumps({"dataset_dir": source, "seconds": known}, indent=1) + "\n")
+    return known
 
 
 def _report_scores(

@@ -37,14 +37,26 @@ def test_a_run_that_fails_says_why_and_is_not_complete(run):
 
 
 def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(tmp_path):
-    scores = {(name, rate): abs(rate - best) for name, best in (("bertswin", 0.0015), ("vit_mae", 0.0005))
+    scores = {(name, rate): abs(rate - best) for name, best in (("bertswin", 0.0015), ("vit_mae", 0.0005), ("bertswin_brief", 0.0045))
               for rate in RATES}  # fmt: skip
-    seconds = {"bertswin": 6.0, "bertswin_strict": 5.0, "vit_mae": 3.0, "vit_mae_light": 12.0}
+    seconds = {"bertswin": 6.0, "bertswin_strict": 5.0, "vit_mae": 3.0, "vit_mae_light": 12.0, "bertswin_brief": 7.0}
     runs = proof._pretrainings("data", tmp_path, 100, scores, seconds)
     rates = {name: run.knobs["learning_rate"] for name, run in runs.items()}
-    assert rates == {"bertswin": 0.0015, "bertswin_strict": 0.0015, "vit_mae": 0.0005, "vit_mae_light": 0.0005}
+    assert rates == {
+        "bertswin": 0.0015,
+        "bertswin_strict": 0.0015,
+        "vit_mae": 0.0005,
+        "vit_mae_light": 0.0005,
+        "bertswin_brief": 0.0045,
+    }
     epochs = {name: run.knobs["max_epochs"] for name, run in runs.items()}
-    assert epochs == {"bertswin": 100, "bertswin_strict": 120, "vit_mae": 248, "vit_mae_light": 100}
+    assert epochs == {
+        "bertswin": 100,
+        "bertswin_strict": 120,
+        "vit_mae": 248,
+        "vit_mae_light": 100,
+        "bertswin_brief": 11,
+    }
     assert runs.keys() == PRETRAININGS.keys()
 
 
