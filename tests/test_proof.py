@@ -37,8 +37,8 @@ def test_a_run_that_fails_says_why_and_is_not_complete(run):
 
 
 def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(tmp_path):
-    scores = {(name, rate): abs(rate - best) for name, best in (("bertswin", 0.0015), ("vit_mae", 0.0005), ("bertswin_brief", 0.0045))
-              for rate in RATES}  # fmt: skip
+    best = {"bertswin": 0.0015, "vit_mae": 0.0005, "bertswin_brief": 0.0045}
+    scores = {(name, rate): abs(rate - best[name]) for name in best for rate in RATES}
     seconds = {"bertswin": 6.0, "bertswin_strict": 5.0, "vit_mae": 3.0, "vit_mae_light": 12.0, "bertswin_brief": 7.0}
     runs = proof._pretrainings("data", tmp_path, 100, scores, seconds)
     rates = {name: run.knobs["learning_rate"] for name, run in runs.items()}
