@@ -36,6 +36,7 @@ __all__ = [
     "MaskWriter",
     "SegmentationNetwork",
     "build_encoder",
+    "from_scratch",
     "parameter_groups",
     "start_from",
 ]
@@ -137,6 +138,13 @@ def start_from(
         load: fills an encoder from a file, or says why not.
     """
     return encoder if pretrained is None else load(encoder, pretrained)
+
+
+def from_scratch(network: nn.Module, pretrained: str | Path | None) -> nn.Module:
+    """Hand a network on that has no encoder to fill; a ValueError where there are weights for one."""
+    if pretrained is not None:
+        raise ValueError(f"{type(network).__name__} starts from random weights: leave --pretrained out")
+    return network
 
 
 def parameter_groups(network: nn.Module, learning_rate: float, encoder_learning_rate: float) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from scripts.segmentation import (
     LogitsWindowInferer,
     SegmentationNetwork,
     build_encoder,
+    from_scratch,
     parameter_groups,
 )
 from scripts.vit_mae import ViTEncoder
@@ -246,6 +247,13 @@ def test_the_config_has_what_monai_wants_of_a_training(labelled_cohort, tmp_path
     workflow = ConfigWorkflow(files, workflow_type="train", **settings)
     workflow.initialize()
     assert workflow.check_properties() == []
+
+
+def test_weights_for_a_network_without_an_encoder_are_refused():
+    network = torch.nn.Conv3d(1, 2, 1)
+    assert from_scratch(network, None) is network
+    with pytest.raises(ValueError, match="Conv3d starts from random weights: leave --pretrained out"):
+        from_scratch(network, "model.pt")
 
 
 def test_several_processes_are_refused():
