@@ -31,6 +31,7 @@ __all__ = [
     "load_state_dict",
     "previous",
     "save",
+    "start_from",
     "strip_prefixes",
     "to_reference_state_dict",
     "widen",
@@ -266,6 +267,20 @@ def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], source: s
     if not comparison.complete:
         raise ValueError(f"the weights in {source} do not fit this network of {len(ours)} tensors: {comparison}")
     network.load_state_dict(parallel.placed_like(theirs, ours))
+
+
+def start_from(network: nn.Module, pretrained: str | Path | None) -> None:
+    """Fill a network with the weights of an earlier training, if there are any to start from.
+
+    Args:
+        network: to fill.
+        pretrained: flat weights of the same network; None: it stays as it was initialised.
+
+    Raises:
+        ValueError: when there is no such file, or anything in it does not fit.
+    """
+    if pretrained is not None:
+        load_network(network, load_state_dict(pretrained), pretrained)
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,7 +58,8 @@ def load_encoder(network: nn.Module, checkpoint: str | Path) -> nn.Module:
     strict = checkpoints.has_strict_stem(weights)
     if strict is not None and strict != network.strict_stem:
         raise ValueError(
-            f"{checkpoint} has {'a strict' if strict else 'the default'} stem: add --strict_stem {str(strict).lower()}"
+            f"{checkpoint} has {'a strict' if strict else 'the default'} stem, not what strict_stem "
+            f"{network.strict_stem} says: leave strict_stem out, it is read off the weights"
         )
     checkpoints.load_network(network, weights, checkpoint)
     return network

@@ -40,8 +40,13 @@ def load_original(pretrained: str | Path | None, settings: dict[str, Any]) -> Be
         ValueError: when there are no such weights, or they do not fit the settings.
     """
     if pretrained is None:
-        raise ValueError("give --pretrained, the model.pt of a pre-training: stem tuning starts from its weights")
+        raise ValueError("give --pretrained, the model.pt of a pre-training")
     weights = checkpoints.load_state_dict(pretrained)
+    if not checkpoints.encoder_part(weights):
+        raise ValueError(
+            f"{pretrained} holds an encoder alone, or another network, where the whole one that was pre-trained is "
+            "needed, its decoder included: give the model.pt of a pre-training"
+        )
     strict = bool(checkpoints.has_strict_stem(weights))
     if settings.get("strict_stem") not in (None, strict):
         raise ValueError(

@@ -91,7 +91,7 @@ def test_links_and_pictures_of_a_page_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_has_no_figure_left_to_fill_in(page):
-    assert re.findall(r"[A-Z]{5,}_RESULTS?|UNEXPLAINED\d+", page.read_text()) == []
+    assert re.findall(r"[A-Z]{5,}_RESULTS?|UNEXPLAINED\d+|WEIGHTS$|SMALL4|TODO", page.read_text(), re.MULTILINE) == []
 
 
 @pytest.mark.slow

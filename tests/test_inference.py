@@ -290,7 +290,9 @@ def test_a_volume_that_resampling_would_blow_up_is_refused_by_its_size(tmp_path)
 
 def test_weights_of_a_strict_stem_are_recognised(tmp_path):
     torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model\.pt has a strict stem: add --strict_stem true"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt has a strict stem, not what strict_stem False says: leave strict_stem out"
+    ):
         load_encoder(tiny().encoder, tmp_path / "model.pt")
 
 

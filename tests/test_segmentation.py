@@ -112,7 +112,7 @@ def test_the_kind_of_stem_is_read_off_the_weights_and_others_are_refused(tmp_pat
     for strict in (True, False):
         torch.save(tiny(strict_stem=strict).state_dict(), tmp_path / "model.pt")
         assert build_encoder(ENCODER | {"strict_stem": None}, tmp_path / "model.pt").strict_stem == strict
-        with pytest.raises(ValueError, match=f"add --strict_stem {str(strict).lower()}"):
+        with pytest.raises(ValueError, match="leave strict_stem out"):
             build_encoder(ENCODER | {"strict_stem": not strict}, tmp_path / "model.pt")
     assert build_encoder(ENCODER | {"strict_stem": None}, None).strict_stem
 

@@ -244,3 +244,9 @@ def test_a_stem_without_a_gap_has_nothing_to_tune(tmp_path):
         noise(1, 1, 32, 32, 32)
     )
     torch.testing.assert_close(out["features"], out["patch_features"], rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_alone_is_refused_by_name(tmp_path):
+    torch.save(tiny().encoder.state_dict(), tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match=r"encoder\.pt holds an encoder alone, or another network"):
+        load_original(tmp_path / "encoder.pt", dict(TINY))

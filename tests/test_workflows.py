@@ -174,3 +174,19 @@ def test_a_normalised_target_trains_and_is_measured_on_the_intensity_scale(cohor
     assert result.returncode == 0, result.stderr
     (record,) = records(tmp_path)
     assert record["val_unexplained"] < 0.9  # a patch's own mean and deviation explain much; on the wrong scale, nothing
+
+
+def test_training_starts_from_given_weights(cohort, tmp_path):
+    torch.manual_seed(5)
+    given = BertsWinMAE(**TINY)
+    torch.save(given.state_dict(), tmp_path / "given.pt")
+    settings = {"dataset_dir": cohort, "max_epochs": 1, "learning_rate": 1e-12, "final_learning_rate": 1e-12}
+    result = train(output_dir=tmp_path / "out", pretrained=tmp_path / "given.pt", **settings)
+    assert result.returncode == 0, result.stderr
+    left = torch.load(tmp_path / "out" / "checkpoints" / "model.pt", weights_only=True)
+    for name, weight in given.state_dict().items():
+        torch.testing.assert_close(left[name], weight, rtol=0, atol=1e-6)
+    refused = train(output_dir=tmp_path / "other", pretrained=tmp_path / "given.pt", strict_stem="true", **settings)
+    assert refused.returncode == 1
+    assert "do not fit this network" in refused.stderr
+    assert "Traceback" not in refused.stderr
