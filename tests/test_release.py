@@ -28,29 +28,37 @@ def git(folder, *arguments):
     subprocess.run(["git", *names, *arguments], cwd=folder, check=True, capture_output=True)  # noqa: S603, S607
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """The bundle as a repository of its own, everything committed."""
-    place = tmp_path / "repository"
+def committed(place):
+    """Put the bundle into a repository of its own, everything committed."""
     left_out = shutil.ignore_patterns(".*", "runs", "data", "dist", "build", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, place, ignore=left_out)
-    git(tmp_path, "init", "-q", str(place))
+    git(place.parent, "init", "-q", str(place))
     git(place, "add", "-A")
     git(place, "commit", "-qm", "all")
-    monkeypatch.setattr(release, "ROOT", place)
     return place
 
 
 @pytest.fixture
-def schema(tmp_path):
-    path = tmp_path / "schema.json"
+def repository(tmp_path, monkeypatch):
+    """A repository of the test's own."""
+    monkeypatch.setattr(release, "ROOT", committed(tmp_path / "repository"))
+    return release.ROOT
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory):
+    path = tmp_path_factory.mktemp("schema") / "schema.json"
     path.write_text(json.dumps({"type": "object", "required": REQUIRED}))
     return str(path)
 
 
-@pytest.fixture
-def built(repository, schema, tmp_path):
-    return release.build(str(tmp_path / "dist"), schema)
+@pytest.fixture(scope="module")
+def built(schema, tmp_path_factory):
+    """The zip, built once."""
+    place = tmp_path_factory.mktemp("release")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(release, "ROOT", committed(place / "repository"))
+        return release.build(str(place / "dist"), schema)
 
 
 @pytest.fixture
@@ -69,8 +77,8 @@ def version_of(folder: Path) -> str:
     return json.loads((folder / "configs" / "metadata.json").read_text())["version"]
 
 
-def test_the_zip_holds_the_committed_bundle_and_nothing_else(built, repository):
-    assert built.name == f"bertswin_mae_v{version_of(repository)}.zip"
+def test_the_zip_holds_the_committed_bundle_and_nothing_else(built):
+    assert built.name == f"bertswin_mae_v{version_of(ROOT)}.zip"
     with ZipFile(built) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert {name.split("/")[1] for name in names} == set(release.CONTENTS)
@@ -144,7 +152,7 @@ def test_from_a_download_to_features_and_to_the_network(built, server, tmp_path,
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in weights.items())
 
 
-def test_an_upgrade_replaces_the_old_version_as_the_readme_says(built, repository, schema, server, tmp_path):
+def test_an_upgrade_replaces_the_old_version_as_the_docs_say(built, server, tmp_path):
     served, address = server
     bundles = tmp_path / "bundles"
     old = bundles / "bertswin_mae"
@@ -158,7 +166,7 @@ def test_an_upgrade_replaces_the_old_version_as_the_readme_says(built, repositor
     shutil.rmtree(old)
     (bundles / "bertswin_mae.zip").unlink()
     assert bundle(*arguments).returncode == 0
-    assert (kept, version_of(old)) == ("0.0.1", version_of(repository))  # MONAI leaves a folder that is there alone
+    assert (kept, version_of(old)) == ("0.0.1", version_of(ROOT))  # MONAI leaves a folder that is there alone
     assert not (old / "configs" / "gone.yaml").exists()
 
 
@@ -202,13 +210,14 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip(built, tmp_path, caps
     release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))  # again
 
 
-def test_what_is_no_earlier_release_is_not_replaced(built, repository, tmp_path):
+def test_what_is_no_earlier_release_is_not_replaced(built, repository, tmp_path, monkeypatch):
     mine = tmp_path / "mine" / "bertswin_mae"
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("all of it")
-    for place in (mine.parent, repository.rename(tmp_path / "bertswin_mae").parent):
-        release.ROOT = tmp_path / "bertswin_mae"
+    own = repository.rename(tmp_path / "bertswin_mae")
+    monkeypatch.setattr(release, "ROOT", own)
+    for place in (mine.parent, own.parent):
         with pytest.raises(ValueError, match="not of an earlier release"):
             release.hugging_face("owner/bertswin_mae", str(built), str(place))
     assert (mine / "thesis.txt").exists()
-    assert (tmp_path / "bertswin_mae" / "README.md").exists()
+    assert (own / "README.md").exists()

@@ -141,11 +141,11 @@ def test_the_configs_agree_on_what_they_share():
     assert inference["intensities"] == train["intensities"]
     assert inference["bundle_root"] == train["bundle_root"]
     assert [step for step in inference["loading"] if "scripts" not in step["_target_"]] == train["geometry"]
-    assert inference["network_def"]["strict_stem"] == "@strict_stem"
+    stem = {"_target_": "scripts.inference.strict_stem_of", "checkpoint": "@checkpoint", "given": "@strict_stem"}
     network = {
         k: v for k, v in train["network_def"].items() if not k.startswith(("decoder", "mask_ratio", "activation"))
     }
-    assert inference["network_def"] == network | {"_target_": "scripts.encoder.BertsWinEncoder"}
+    assert inference["network_def"] == network | {"_target_": "scripts.encoder.BertsWinEncoder", "strict_stem": stem}
 
 
 @pytest.fixture(scope="module")
