@@ -34,6 +34,7 @@ __all__ = [
     "load_encoder",
     "place_in_window",
     "principal_colours",
+    "save_nifti",
     "strict_stem_of",
 ]
 
@@ -373,11 +374,13 @@ def _save_map(
     """Write ``(C, d, h, w)`` as a NIfTI of ``(d, h, w, C)``, whole or not at all."""
     kept = placement.tokens[0].stop - placement.tokens[0].start
     stride = placement.patch_size * kept // features.shape[1]
-    image = nib.Nifti1Image(
-        features.permute(1, 2, 3, 0).numpy(), feature_affine(affine, placement, stride, first_centre)
-    )
+    save_nifti(path, features.permute(1, 2, 3, 0).numpy(), feature_affine(affine, placement, stride, first_centre))
+
+
+def save_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
+    """Write a NIfTI, whole or not at all."""
     beside = path.with_name(f".{path.name}")
-    nib.save(image, beside)
+    nib.save(nib.Nifti1Image(voxels, affine), beside)
     beside.replace(path)
 
 

@@ -63,7 +63,7 @@ COLOURS = dict(
 )
 # What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
 # and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
-FINETUNING = {"feature_size": 8, "iterations_per_epoch": 15, "val_interval": 1000}  # scored at the end alone
+FINETUNING = {"feature_size": 8, "iterations_per_epoch": 10, "val_interval": 1000}  # scored at the end alone
 FINETUNING_RATES = (0.0003, 0.001, 0.003)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "bertswin_strict": (),
@@ -292,8 +292,7 @@ def segmentation(
         for name in SEGMENTATIONS
         for rate in FINETUNING_RATES
     }
-    execute(list(candidates.values()), jobs)
-    found = {key: run.metrics()[-1]["val_dice"] for key, run in candidates.items()}
+    found = {key: last["val_dice"] for key, last in _last_metrics(candidates, jobs).items()}
     chosen = {name: max(FINETUNING_RATES, key=lambda rate, name=name: found[name, rate]) for name in SEGMENTATIONS}
     print("\n".join(f"{name} at {rate:g}: {score:.3f}" for (name, rate), score in found.items()))
     runs = {
@@ -309,9 +308,7 @@ def segmentation(
         for most in num_labelled
         for name in SEGMENTATIONS
     }
-    execute(list(runs.values()), jobs)
-    scores = {key: run.metrics()[-1] for key, run in runs.items()}
-    _report_scores(folder, "segmentation", scores, list(SEGMENTATIONS), num_labelled, seeds)
+    _report_scores(folder, "segmentation", _last_metrics(runs, jobs), list(SEGMENTATIONS), num_labelled, seeds)
 
 
 def tuning(
@@ -358,9 +355,7 @@ def tuning(
         for most in num_labelled
         for name, knobs in states.items()
     }
-    execute(list(runs.values()), jobs)
-    scores = {key: run.metrics()[-1] for key, run in runs.items()}
-    _report_scores(folder, "tuning", scores, list(states), num_labelled, seeds)
+    _report_scores(folder, "tuning", _last_metrics(runs, jobs), list(states), num_labelled, seeds)
 
 
 def weights(
@@ -448,8 +443,7 @@ def _selection(
         if name not in RELATED
         for rate in RATES
     }
-    execute(list(candidates.values()), jobs)
-    return {key: run.metrics()[-1]["val_mse"] for key, run in candidates.items()}
+    return {key: last["val_mse"] for key, last in _last_metrics(candidates, jobs).items()}
 
 
 def _pretrainings(
@@ -536,6 +530,12 @@ def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[
     known = {name: scale * median for name, median in medians.items()} | known
     path.write_text(json.dumps({"dataset_dir": source, "seconds": known}, indent=1) + "\n")
     return known
+
+
+def _last_metrics(runs: Mapping[Any, Run], jobs: int) -> dict[Any, dict[str, Any]]:
+    """Do the runs, and read the last validation of each."""
+    execute(list(runs.values()), jobs)
+    return {key: run.metrics()[-1] for key, run in runs.items()}
 
 
 def _report_scores(

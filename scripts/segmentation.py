@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -26,7 +25,7 @@ from . import checkpoints
 from .data import reason
 from .encoder import BertsWinEncoder
 from .engine import AutocastInferer
-from .inference import load_encoder, strict_stem_of
+from .inference import load_encoder, save_nifti, strict_stem_of
 
 __all__ = [
     "BoundedHausdorffMetric",
@@ -300,6 +299,4 @@ class MaskWriter:
         labels = MetaTensor(logits.argmax(dim=0, keepdim=True).float(), meta=image.meta)
         labels = self.undo({"image": image, "pred": labels})["pred"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}")
-        nib.save(nib.Nifti1Image(labels[0].numpy().astype(np.uint8), labels.affine.numpy()), beside)
-        beside.replace(path)
+        save_nifti(path, labels[0].numpy().astype(np.uint8), labels.affine.numpy())
