@@ -23,14 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import fire
-import matplotlib as mpl
 
 from . import checkpoints
 from .benchmark import time_training
 from .data import case_seed, find_cases, split_cases
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+from .proof_report import report_convergence, report_scores
 
 __all__ = ["Run", "convergence", "execute", "finetuning_knobs", "segmentation", "tuning", "weights"]
 
@@ -47,20 +44,7 @@ PRETRAININGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 # These take the rate of those.
 RELATED = {"bertswin_strict": "bertswin", "vit_mae_light": "vit_mae"}
-TITLES = {
-    "bertswin": "BertsWin",
-    "bertswin_strict": "BertsWin, strict stem",
-    "vit_mae": "MONAI ViT-MAE",
-    "vit_mae_light": "MONAI ViT-MAE, decoder half as wide",
-    "bertswin_brief": "BertsWin, brief",
-    "random": "BertsWin, random weights",
-    "unetr": "MONAI UNETR, from scratch",
-    "unet": "MONAI U-Net, from scratch",
-}
 TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
-COLOURS = dict(
-    zip(TITLES, ("tab:blue", "tab:cyan", "tab:orange", "gold", "navy", "tab:grey", "tab:red", "tab:green"), strict=True)
-)
 # What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
 # and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
 FINETUNING = {"feature_size": 8, "iterations_per_epoch": 10, "val_interval": 1000}  # scored at the end alone
@@ -190,63 +174,8 @@ def convergence(
         name: [(record["epoch"], record["val_mse"], record["val_unexplained"]) for record in run.metrics()]
         for name, run in runs.items()
     }
-    # Against whichever decoder serves the ViT-MAE better.
-    goal, peer = min((error, name) for name in curves if "vit" in name for _, error, _ in curves[name])
-    peers_epochs = next(epoch for epoch, error, _ in curves[peer] if error == goal)
-    rows = []
-    for name, curve in curves.items():
-        best = min(curve, key=lambda point: point[1])
-        reached = next((epoch for epoch, error, _ in curve if error <= goal), None)
-        rows.append(
-            {
-                "network": name,
-                "learning_rate": runs[name].knobs["learning_rate"],
-                "seconds_per_epoch": seconds[name],
-                "best_mse": best[1],
-                "best_unexplained": best[2],
-                "best_epoch": best[0],
-                "epochs_to_goal": reached,
-                "share_of_epochs": reached and reached / peers_epochs,
-                "share_of_seconds": reached and reached * seconds[name] / (peers_epochs * seconds[peer]),
-            }
-        )
-    lines = [
-        "| network | learning rate | seconds an epoch | best masked MSE | unexplained | at epoch "
-        "| epochs to the ViT-MAE's best | share of its epochs | of its time |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {TITLES[row['network']]} | {row['learning_rate']:g} | {row['seconds_per_epoch']:.2f} "
-            f"| {row['best_mse']:.4f} | {row['best_unexplained']:.3f} | {row['best_epoch']} "
-            f"| {_shown(row['epochs_to_goal'], 'd')} | {_shown(row['share_of_epochs'])} "
-            f"| {_shown(row['share_of_seconds'])} |"
-            for row in rows
-        ),
-        "",
-        f"Masked MSE on the held-out training volumes after {selection_epochs} epochs, by learning rate:",
-        "",
-        f"| network | {' | '.join(f'{rate:g}' for rate in RATES)} |",
-        f"|---|{'---|' * len(RATES)}",
-        *(
-            f"| {TITLES[name]} | {' | '.join(f'{scores[name, rate]:.4f}' for rate in RATES)} |"
-            for name in PRETRAININGS
-            if name not in RELATED
-        ),
-    ]
-    _write(folder, "convergence", {"rows": rows, "curves": curves}, lines)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for name, curve in curves.items():
-        epoch, error, _ = zip(*curve, strict=True)
-        style = {"color": COLOURS[name], "label": TITLES[name]}
-        axes[0].plot(epoch, error, **style)
-        axes[1].plot([number * seconds[name] / 60 for number in epoch], error, **style)
-    for axis, label in zip(axes, ("epochs", "minutes of training"), strict=True):
-        axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
-        axis.set(xlabel=label, yscale="log")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("masked MSE, validation volumes")
-    axes[0].legend(frameon=False)
-    figure.savefig(folder / "convergence.png", dpi=110)
-    plt.close(figure)
+    rates = {name: run.knobs["learning_rate"] for name, run in runs.items()}
+    report_convergence(folder, curves, rates, seconds, scores, selection_epochs)
 
 
 def segmentation(
@@ -277,12 +206,12 @@ def segmentation(
     """
     num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
     folder = Path(output_dir).resolve()
-    weights = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)
+    encoders = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
     about = {"max_epochs": finetuning_epochs}
 
     def finetuning(name: str, rate: float, place: str, **settings: Any) -> Run:
-        knobs = finetuning_knobs(name, rate) | ({"pretrained": str(weights[name])} if name in weights else {})
+        knobs = finetuning_knobs(name, rate) | ({"pretrained": str(encoders[name])} if name in encoders else {})
         return _finetuning(folder / place, SEGMENTATIONS[name], knobs, about | settings)
 
     candidates = {
@@ -294,7 +223,6 @@ def segmentation(
     }
     found = {key: last["val_dice"] for key, last in _last_metrics(candidates, jobs).items()}
     chosen = {name: max(FINETUNING_RATES, key=lambda rate, name=name: found[name, rate]) for name in SEGMENTATIONS}
-    print("\n".join(f"{name} at {rate:g}: {score:.3f}" for (name, rate), score in found.items()))
     runs = {
         (name, most, seed): finetuning(
             name,
@@ -308,7 +236,7 @@ def segmentation(
         for most in num_labelled
         for name in SEGMENTATIONS
     }
-    _report_scores(folder, "segmentation", _last_metrics(runs, jobs), list(SEGMENTATIONS), num_labelled, seeds)
+    report_scores(folder, "segmentation", _last_metrics(runs, jobs), list(SEGMENTATIONS), num_labelled, seeds, found)
 
 
 def tuning(
@@ -337,11 +265,11 @@ def tuning(
     """
     num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
     folder = Path(output_dir).resolve()
-    weights = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)
+    encoders = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)
     states = {
-        "patch mode": {"pretrained": str(weights["untuned"]), "blockwise_norm": True},
-        "volumetric, untuned": {"pretrained": str(weights["untuned"])},
-        "volumetric, tuned": {"pretrained": str(weights["bertswin_strict"])},
+        "patch mode": {"pretrained": str(encoders["untuned"]), "blockwise_norm": True},
+        "volumetric, untuned": {"pretrained": str(encoders["untuned"])},
+        "volumetric, tuned": {"pretrained": str(encoders["bertswin_strict"])},
     }
     frozen = {"freeze_epochs": finetuning_epochs, "max_epochs": finetuning_epochs}
     runs = {
@@ -355,7 +283,7 @@ def tuning(
         for most in num_labelled
         for name, knobs in states.items()
     }
-    _report_scores(folder, "tuning", _last_metrics(runs, jobs), list(states), num_labelled, seeds)
+    report_scores(folder, "tuning", _last_metrics(runs, jobs), list(states), num_labelled, seeds)
 
 
 def weights(
@@ -377,7 +305,7 @@ def weights(
         jobs: runs at a time.
     """
     folder = Path(output_dir).resolve()
-    tuned = _weights(dataset_dir, folder, epochs, selection_epochs, jobs)["bertswin_strict"]
+    tuned = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)["bertswin_strict"]
     model = ROOT / "models" / "model.pt"
     checkpoints.save(checkpoints.encoder_part(checkpoints.load(tuned)), model)
     names = sorted(case["case"] for case in _split(dataset_dir)["training"])
@@ -485,7 +413,7 @@ def _brief(epochs: int) -> int:
     return max(1, epochs // 9)  # the ViT-MAE has more than BertsWin
 
 
-def _weights(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
+def _encoders(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
     """Pre-train what is not there yet, the ViT-MAE for as long as BertsWin takes, and tune the stem."""
     scores = _selection(dataset_dir, folder, epochs, selection_epochs, jobs)
     runs = _pretrainings(dataset_dir, folder, epochs, scores, _seconds_per_epoch(dataset_dir, folder))
@@ -538,76 +466,8 @@ def _last_metrics(runs: Mapping[Any, Run], jobs: int) -> dict[Any, dict[str, Any
     return {key: run.metrics()[-1] for key, run in runs.items()}
 
 
-def _report_scores(
-    folder: Path,
-    name: str,
-    scores: Mapping[tuple[str, int | None, int], Mapping[str, float]],
-    contestants: Sequence[str],
-    num_labelled: Sequence[int | None],
-    seeds: Sequence[int],
-) -> None:
-    """Write mean and deviation over the seeds as a table and as bars."""
-    rows = []
-    for contestant in contestants:
-        for most in num_labelled:
-            found = [scores[contestant, most, seed] for seed in seeds]
-            row: dict[str, Any] = {"contestant": contestant, "num_labelled": most}
-            for metric in ("val_dice", "val_hausdorff"):
-                values = [one[metric] for one in found]
-                row |= {metric: statistics.mean(values), f"{metric}_by_seed": values}
-                row[f"{metric}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
-            rows.append(row)
-    titles = [f"{most or 'all'} labels" for most in num_labelled]
-    by_key = {(row["contestant"], row["num_labelled"]): row for row in rows}
-
-    def cell(contestant: str, most: int | None) -> str:
-        row = by_key[contestant, most]
-        return f"{100 * row['val_dice']:.1f} ± {100 * row['val_dice_deviation']:.1f} ({row['val_hausdorff']:.2f})"
-
-    lines = [
-        f"| Dice in percent (Hausdorff distance in voxels) | {' | '.join(titles)} |",
-        f"|---|{'---|' * len(titles)}",
-        *(
-            f"| {TITLES.get(contestant, contestant)} | {' | '.join(cell(contestant, most) for most in num_labelled)} |"
-            for contestant in contestants
-        ),
-    ]
-    _write(folder, name, {"rows": rows}, lines)
-    figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    width = 0.8 / len(contestants)
-    for place, contestant in enumerate(contestants):
-        found = [by_key[contestant, most] for most in num_labelled]
-        bars = axis.bar(
-            [number + place * width for number in range(len(num_labelled))],
-            [100 * row["val_dice"] for row in found],
-            0.9 * width,
-            yerr=[100 * row["val_dice_deviation"] for row in found],
-            color=COLOURS.get(contestant, f"C{place}"),
-            label=TITLES.get(contestant, contestant),
-        )
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    lowest = min(100 * min(row["val_dice_by_seed"]) for row in rows)
-    axis.set(ylabel="Dice, percent", ylim=(max(0, lowest - 5), None))
-    axis.set_xticks([number + 0.4 - width / 2 for number in range(len(titles))], titles)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize="small", loc="outside right center")
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    plt.close(figure)
-
-
-def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]) -> None:
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = "\n".join(lines)
-    (folder / f"{name}.md").write_text(table + "\n")
-    print(f"{table}\n\nwrote {folder / name}.md, .json and .png")
-
-
 def _sequence(values: Sequence[int | None] | int) -> Sequence[int | None]:
     return [values] if isinstance(values, int) else values
-
-
-def _shown(value: float | None, form: str = ".2f") -> str:
-    return "never" if value is None else format(value, form)
 
 
 def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:

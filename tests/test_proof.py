@@ -8,6 +8,7 @@ from conftest import TINY_KNOBS, noise
 
 from scripts import proof
 from scripts.proof import PRETRAININGS, RATES, Run, execute
+from scripts.proof_report import report_convergence, report_scores
 
 
 @pytest.fixture
@@ -41,21 +42,13 @@ def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(tmp_path):
     scores = {(name, rate): abs(rate - best[name]) for name in best for rate in RATES}
     seconds = {"bertswin": 6.0, "bertswin_strict": 5.0, "vit_mae": 3.0, "vit_mae_light": 12.0, "bertswin_brief": 7.0}
     runs = proof._pretrainings("data", tmp_path, 100, scores, seconds)
-    rates = {name: run.knobs["learning_rate"] for name, run in runs.items()}
-    assert rates == {
-        "bertswin": 0.0015,
-        "bertswin_strict": 0.0015,
-        "vit_mae": 0.0005,
-        "vit_mae_light": 0.0005,
-        "bertswin_brief": 0.0045,
-    }
-    epochs = {name: run.knobs["max_epochs"] for name, run in runs.items()}
-    assert epochs == {
-        "bertswin": 100,
-        "bertswin_strict": 120,
-        "vit_mae": 248,
-        "vit_mae_light": 100,
-        "bertswin_brief": 11,
+    chosen = {name: (run.knobs["learning_rate"], run.knobs["max_epochs"]) for name, run in runs.items()}
+    assert chosen == {
+        "bertswin": (0.0015, 100),
+        "bertswin_strict": (0.0015, 120),
+        "vit_mae": (0.0005, 248),
+        "vit_mae_light": (0.0005, 100),
+        "bertswin_brief": (0.0045, 11),
     }
     assert runs.keys() == PRETRAININGS.keys()
 
@@ -74,15 +67,36 @@ def test_training_volumes_are_divided_without_those_of_the_validation(tmp_path):
     assert all("label" in item for item in inner["training"])
 
 
-def test_scores_become_a_table_and_bars(tmp_path, capsys):
+def test_scores_become_a_table_and_a_figure(tmp_path):
     scores = {
         (name, most, seed): {"val_dice": float(noise(1, seed=seed).sigmoid()), "val_hausdorff": 2.0}
         for name in ("bertswin_strict", "unet")
         for most in (5, None)
         for seed in (0, 1)
     }
-    proof._report_scores(tmp_path, "segmentation", scores, ["bertswin_strict", "unet"], (5, None), (0, 1))
+    report_scores(
+        tmp_path, "segmentation", scores, ["bertswin_strict", "unet"], (5, None), (0, 1), {("unet", 0.001): 0.5}
+    )
     table = (tmp_path / "segmentation.md").read_text()
     assert "| 5 labels | all labels |" in table
     assert "MONAI U-Net, from scratch" in table
+    assert "| MONAI U-Net, from scratch | 0.5000 |" in table
     assert (tmp_path / "segmentation.png").stat().st_size > 5000
+
+
+def test_what_was_reached_is_compared_with_the_better_of_the_peers_in_epochs_and_in_time(tmp_path):
+    curves = {
+        "bertswin": [(1, 0.2, 0.5), (2, 0.1, 0.3)],
+        "bertswin_brief": [(1, 0.3, 0.6)],
+        "vit_mae": [(5, 0.2, 0.5), (10, 0.12, 0.4)],
+        "vit_mae_light": [(10, 0.15, 0.4)],
+    }
+    seconds = {"bertswin": 3.0, "bertswin_brief": 3.0, "vit_mae": 2.0, "vit_mae_light": 1.0}
+    rates = dict.fromkeys(curves, 0.001)
+    report_convergence(tmp_path, curves, rates, seconds, {("bertswin", 0.001): 0.25}, 50)
+    rows = {row["network"]: row for row in json.loads((tmp_path / "convergence.json").read_text())["rows"]}
+    assert (rows["bertswin"]["epochs_to_goal"], rows["bertswin_brief"]["epochs_to_goal"]) == (2, None)
+    assert rows["bertswin"]["share_of_epochs"] == pytest.approx(0.2)
+    assert rows["bertswin"]["share_of_seconds"] == pytest.approx(0.3)
+    assert "| never | never | never |" in (tmp_path / "convergence.md").read_text()
+    assert (tmp_path / "convergence.png").stat().st_size > 5000
