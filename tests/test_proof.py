@@ -88,7 +88,7 @@ def test_what_was_reached_is_compared_with_the_better_of_the_peers_in_epochs_and
     curves = {
         "bertswin": [(1, 0.2, 0.5), (2, 0.1, 0.3)],
         "bertswin_brief": [(1, 0.3, 0.6)],
-        "vit_mae": [(5, 0.2, 0.5), (10, 0.12, 0.4)],
+        "vit_mae": [(5, 0.2, 0.5), (8, 0.12, 0.4), (10, 0.13, 0.4)],
         "vit_mae_light": [(10, 0.15, 0.4)],
     }
     seconds = {"bertswin": 3.0, "bertswin_brief": 3.0, "vit_mae": 2.0, "vit_mae_light": 1.0}
@@ -97,6 +97,7 @@ def test_what_was_reached_is_compared_with_the_better_of_the_peers_in_epochs_and
     rows = {row["network"]: row for row in json.loads((tmp_path / "convergence.json").read_text())["rows"]}
     assert (rows["bertswin"]["epochs_to_goal"], rows["bertswin_brief"]["epochs_to_goal"]) == (2, None)
     assert rows["bertswin"]["share_of_epochs"] == pytest.approx(0.2)
+    assert rows["bertswin"]["share_of_epochs_to_best"] == pytest.approx(0.25)
     assert rows["bertswin"]["share_of_seconds"] == pytest.approx(0.3)
-    assert "| never | never | never |" in (tmp_path / "convergence.md").read_text()
+    assert "| never | never | never | never |" in (tmp_path / "convergence.md").read_text()
     assert (tmp_path / "convergence.png").stat().st_size > 5000
