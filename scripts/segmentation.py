@@ -35,9 +35,9 @@ __all__ = [
     "MaskWriter",
     "SegmentationNetwork",
     "build_encoder",
+    "fill_encoder",
     "from_scratch",
     "parameter_groups",
-    "start_from",
 ]
 
 logger = logging.getLogger(__name__)
@@ -123,10 +123,10 @@ def build_encoder(
         ValueError: when there are no such weights, or they do not fit the settings.
     """
     strict = strict_stem_of(pretrained or finetuned, settings["strict_stem"])
-    return start_from(BertsWinEncoder(**(settings | {"strict_stem": strict})), pretrained)
+    return fill_encoder(BertsWinEncoder(**(settings | {"strict_stem": strict})), pretrained)
 
 
-def start_from(
+def fill_encoder(
     encoder: nn.Module, pretrained: str | Path | None, load: Callable[[nn.Module, str | Path], nn.Module] = load_encoder
 ) -> nn.Module:
     """Fill an encoder with pre-trained weights; without any, it stays as it was initialised.
