@@ -10,6 +10,7 @@ from conftest import ROOT, TINY_KNOBS, bundle, noise, tiny, write_volume
 
 from scripts.data import labelled
 from scripts.probe import FrozenProbe, fit_neighbours, fit_ridge, label_fractions, r_squared
+from scripts.vit_mae import ViTMAE
 
 
 def test_label_fractions_count_each_label_in_each_patch():
@@ -61,8 +62,15 @@ def test_cases_without_labels_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["patch", "volumetric"])
-def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode):
+@pytest.mark.parametrize(
+    ("mode", "overlays", "network"),
+    [
+        ("patch", ("small.yaml",), tiny()),
+        ("volumetric", ("small.yaml",), tiny()),
+        ("volumetric", ("small.yaml", "peers/vit_probe.yaml"), ViTMAE((32, 32, 32), 8, 1, 48, 2, 4, 48)),
+    ],
+)
+def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode, overlays, network):
     training = []
     for number in range(5):
         path = write_volume(tmp_path / "imagesTr" / f"{number}.nii.gz", seed=number)
@@ -72,15 +80,13 @@ def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode):
         nib.save(nib.Nifti1Image(label, image.affine), tmp_path / "labelsTr" / f"{number}.nii.gz")
         training.append({"image": f"imagesTr/{number}.nii.gz", "label": f"labelsTr/{number}.nii.gz"})
     (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
-    torch.save(tiny().state_dict(), tmp_path / "model.pt")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
     knobs = {name: value for name, value in TINY_KNOBS.items() if "epoch" not in name and name != "figure_interval"}
     result = bundle(
-        *(
-            "run",
-            "probe",
-            "--config_file",
-            str([str(ROOT / "configs" / name) for name in ("probe.yaml", "small.yaml")]),
-        ),
+        "run",
+        "probe",
+        "--config_file",
+        str([str(ROOT / "configs" / name) for name in ("probe.yaml", *overlays)]),
         **knobs,
         dataset_dir=tmp_path,
         pretrained=tmp_path / "model.pt",
