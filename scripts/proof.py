@@ -38,12 +38,13 @@ PRETRAININGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "bertswin": ((), {}),
     "bertswin_strict": ((), {"strict_stem": True}),
     "vit_mae": (("peers/vit_mae.yaml",), {}),
-    "vit_mae_light": (("peers/vit_mae.yaml",), {"decoder_embed_dim": 96}),  # MONAI's proportion to the encoder's 192
-    # As little as will do: a tenth of the ViT-MAE's epochs. An epoch has the same draws, in twice as many steps.
-    "bertswin_brief": ((), {"strict_stem": True, "batch_size": 2, "iterations_per_epoch": 80}),
+    # As little as will do, of the ViT-MAE's epochs. An epoch has the same draws, each of them a step.
+    "bertswin_tenth": ((), {"strict_stem": True, "batch_size": 1, "iterations_per_epoch": 160}),
+    "bertswin_fifth": ((), {"strict_stem": True, "batch_size": 1, "iterations_per_epoch": 160}),
 }
+SHARES = {"bertswin_tenth": 10, "bertswin_fifth": 5}
 # These take the rate of those.
-RELATED = {"bertswin_strict": "bertswin", "vit_mae_light": "vit_mae"}
+RELATED = {"bertswin_strict": "bertswin", "bertswin_fifth": "bertswin_tenth"}
 TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
 # What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
 # and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
@@ -153,10 +154,10 @@ def convergence(
     """Pre-train BertsWin and MONAI's ViT-MAE on the same volumes with the same masks, draws, loss and schedule.
 
     The learning rate of each is that which predicts a fifth of the *training* volumes best, after a shorter training on
-    the other four fifths. (The strict stem takes that of the default one, and the lighter decoder that of the other.)
+    the other four fifths. (The strict stem takes that of the default one.)
     Validation volumes are those of the curves alone. The ViT-MAE is given as many epochs as it does in the time that
     BertsWin takes, its stem tuning included. That is measured with nothing beside, the networks taking turns.
-    One more BertsWin has a tenth of the ViT-MAE's epochs.
+    Two more BertsWins have schedules of a tenth and of a fifth of the ViT-MAE's epochs.
 
     Args:
         dataset_dir: as for training.
@@ -352,7 +353,8 @@ def _selection(
     dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int
 ) -> dict[tuple[str, float], float]:
     """Train at every rate on a part of the training volumes, and score on the rest of them."""
-    lengths = {name: _brief(epochs) if name == "bertswin_brief" else selection_epochs for name in PRETRAININGS}
+    # A short schedule wants a rate of its own. This is about a tenth of the ViT-MAE's, not known yet.
+    lengths = {name: max(1, epochs // 9) if name in SHARES else selection_epochs for name in PRETRAININGS}
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
     candidates = {
         (name, rate): Run(
@@ -392,7 +394,7 @@ def _pretrainings(
             {
                 **knobs,
                 "dataset_dir": str(Path(dataset_dir).resolve()),
-                "max_epochs": (allowed := round(_allowed_epochs(name, epochs, seconds))),
+                "max_epochs": (allowed := _allowed_epochs(name, epochs, seconds)),
                 "early_stop_patience": allowed,
                 "learning_rate": chosen[name],
             },
@@ -401,16 +403,12 @@ def _pretrainings(
     }
 
 
-def _allowed_epochs(name: str, epochs: int, seconds: Mapping[str, float]) -> float:
+def _allowed_epochs(name: str, epochs: int, seconds: Mapping[str, float]) -> int:
     """As many as fit in BertsWin's time; and in that of its stem tuning, for those that are not tuned."""
-    if name == "bertswin_brief":
-        return _brief(epochs)
+    if name in SHARES:
+        return max(1, _allowed_epochs("vit_mae", epochs, seconds) // SHARES[name])
     tuning = 0 if name.startswith("bertswin") else TUNING
-    return max(epochs, (epochs + tuning) * seconds["bertswin"] / seconds[name])
-
-
-def _brief(epochs: int) -> int:
-    return max(1, epochs // 9)  # the ViT-MAE has more than BertsWin
+    return round(max(epochs, (epochs + tuning) * seconds["bertswin"] / seconds[name]))
 
 
 def _encoders(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
