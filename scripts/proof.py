@@ -46,10 +46,10 @@ SHARES = {"bertswin_tenth": 10, "bertswin_fifth": 5}
 # These take the rate of those.
 RELATED = {"bertswin_strict": "bertswin", "bertswin_fifth": "bertswin_tenth"}
 TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
-# What is fine-tuned: overlays, and the grid of rates. A decoder on trained weights has the usual rate
-# and a start of its own, the grid is for the encoder; what was never trained learns as a whole from the start.
+# What is fine-tuned: overlays, and the grid of rates. A decoder on a pre-trained encoder has a start of its own, and the
+# encoder follows at a tenth of its rate; what was never trained learns as a whole from the start.
 FINETUNING = {"feature_size": 8, "iterations_per_epoch": 10, "val_interval": 1000}  # scored at the end alone
-FINETUNING_RATES = (0.0003, 0.001, 0.003)
+FINETUNING_RATES = (0.003, 0.01, 0.03)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "bertswin_strict": (),
     "random": (),
@@ -63,7 +63,7 @@ PRETRAINED = ("bertswin_strict", "vit_mae")
 def finetuning_knobs(name: str, rate: float) -> dict[str, Any]:
     """Say what a rate of the grid means for a contestant."""
     if name in PRETRAINED:
-        return {"encoder_learning_rate": rate, "freeze_epochs": 4}
+        return {"learning_rate": rate, "encoder_learning_rate": rate / 10, "freeze_epochs": 4}
     return {"learning_rate": rate, "encoder_learning_rate": rate, "freeze_epochs": 0}
 
 
