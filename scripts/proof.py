@@ -3,6 +3,7 @@
     python -m scripts.proof convergence --dataset_dir Task04_Hippocampus --output_dir runs/proof
     python -m scripts.proof segmentation --dataset_dir Task04_Hippocampus --output_dir runs/proof
     python -m scripts.proof tuning --dataset_dir Task04_Hippocampus --output_dir runs/proof
+    python -m scripts.proof probing --dataset_dir Task04_Hippocampus --output_dir runs/proof
 
 Each run is a `python -m monai.bundle run` of its own, in a folder of `output_dir`. What is there already is not run
 again, and what was interrupted goes on, so a command can be stopped and repeated.
@@ -16,20 +17,22 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fire
+import torch
 
 from . import checkpoints
 from .benchmark import time_training
+from .bertswin_mae import bertswin_mae_small_patch8_48x64x48
 from .data import case_seed, find_cases, split_cases
-from .proof_report import report_convergence, report_scores
+from .proof_report import report_convergence, report_probes, report_scores
 
-__all__ = ["Run", "convergence", "execute", "finetuning_knobs", "segmentation", "tuning", "weights"]
+__all__ = ["Run", "convergence", "execute", "probing", "segmentation", "tuning", "weights"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (0.00015, 0.0005, 0.0015, 0.0045)  # the grid for pre-training
@@ -46,8 +49,8 @@ SHARES = {"bertswin_tenth": 10, "bertswin_fifth": 5}
 # These take the rate of those.
 RELATED = {"bertswin_strict": "bertswin", "bertswin_fifth": "bertswin_tenth"}
 TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
-# What is fine-tuned: overlays, and the grid of rates. A decoder on a pre-trained encoder has a start of its own, and the
-# encoder follows at a tenth of its rate; what was never trained learns as a whole from the start.
+# What is fine-tuned: overlays, and the grid of rates. On a pre-trained encoder the decoder has a start of its own, and
+# the encoder follows at a tenth of its rate; what was never trained learns as a whole from the start.
 FINETUNING = {"feature_size": 8, "iterations_per_epoch": 10, "val_interval": 1000}  # scored at the end alone
 FINETUNING_RATES = (0.003, 0.01, 0.03)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -57,14 +60,6 @@ SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "unetr": ("peers/unetr.yaml",),
     "unet": ("peers/unet.yaml",),
 }
-PRETRAINED = ("bertswin_strict", "vit_mae")
-
-
-def finetuning_knobs(name: str, rate: float) -> dict[str, Any]:
-    """Say what a rate of the grid means for a contestant."""
-    if name in PRETRAINED:
-        return {"learning_rate": rate, "encoder_learning_rate": rate / 10, "freeze_epochs": 4}
-    return {"learning_rate": rate, "encoder_learning_rate": rate, "freeze_epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -208,30 +203,15 @@ def segmentation(
     num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
     folder = Path(output_dir).resolve()
     encoders = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)
-    inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
-    about = {"max_epochs": finetuning_epochs}
-
-    def finetuning(name: str, rate: float, place: str, **settings: Any) -> Run:
-        knobs = finetuning_knobs(name, rate) | ({"pretrained": str(encoders[name])} if name in encoders else {})
-        return _finetuning(folder / place, SEGMENTATIONS[name], knobs, about | settings)
-
-    candidates = {
-        (name, rate): finetuning(
-            name, rate, f"segmentation_selection/{name}_{rate:g}", dataset_dir=inner, num_train_cases=20, seed=0
-        )
-        for name in SEGMENTATIONS
-        for rate in FINETUNING_RATES
-    }
-    found = {key: last["val_dice"] for key, last in _last_metrics(candidates, jobs).items()}
-    chosen = {name: max(FINETUNING_RATES, key=lambda rate, name=name: found[name, rate]) for name in SEGMENTATIONS}
+    length = {"max_epochs": finetuning_epochs}
+    found = _finetuning_selection(SEGMENTATIONS, dataset_dir, folder, encoders, length, jobs)
     runs = {
-        (name, most, seed): finetuning(
+        (name, most, seed): _finetuning(
+            folder / "segmentation" / f"{name}_{most or 'all'}_{seed}",
             name,
-            chosen[name],
-            f"segmentation/{name}_{most or 'all'}_{seed}",
-            dataset_dir=dataset_dir,
-            num_train_cases=most,
-            seed=seed,
+            _best(found, name),
+            encoders,
+            length | {"dataset_dir": dataset_dir, "num_train_cases": most, "seed": seed},
         )
         for seed in seeds
         for most in num_labelled
@@ -252,6 +232,7 @@ def tuning(
 ) -> None:
     """Segment with the frozen encoder in three states: patch mode, whole volumes untuned, whole volumes tuned.
 
+    The decoder's rate is that which :func:`segmentation` chooses for the tuned encoder.
     Patch mode is the pre-trained strict stem with ``blockwise_norm``: the same function of a whole volume.
 
     Args:
@@ -272,19 +253,64 @@ def tuning(
         "volumetric, untuned": {"pretrained": str(encoders["untuned"])},
         "volumetric, tuned": {"pretrained": str(encoders["bertswin_strict"])},
     }
-    frozen = {"freeze_epochs": finetuning_epochs, "max_epochs": finetuning_epochs}
+    length = {"max_epochs": finetuning_epochs}
+    found = _finetuning_selection(["bertswin_strict"], dataset_dir, folder, encoders, length, jobs)
+    frozen = length | {"freeze_epochs": finetuning_epochs, "dataset_dir": dataset_dir}
     runs = {
         (name, most, seed): _finetuning(
             folder / "tuning" / f"{name.replace(', ', '_').replace(' ', '_')}_{most or 'all'}_{seed}",
-            (),
-            knobs | frozen,
-            {"dataset_dir": dataset_dir, "num_train_cases": most, "seed": seed},
+            "bertswin_strict",
+            _best(found, "bertswin_strict"),
+            encoders,
+            knobs | frozen | {"num_train_cases": most, "seed": seed},
         )
         for seed in seeds
         for most in num_labelled
         for name, knobs in states.items()
     }
     report_scores(folder, "tuning", _last_metrics(runs, jobs), list(states), num_labelled, seeds)
+
+
+def probing(
+    dataset_dir: str,
+    output_dir: str = "runs/proof",
+    num_labelled: Sequence[int | None] | int = (5, 20, None),
+    seeds: Sequence[int] | int = (0, 1, 2),
+    epochs: int = 200,
+    selection_epochs: int = 50,
+    jobs: int = 2,
+) -> None:
+    """Read the labels off frozen features, of each patch and of each volume's embedding.
+
+    Args:
+        dataset_dir: a Decathlon folder or a datalist, with labels.
+        output_dir: as of :func:`convergence`.
+        num_labelled: training cases with labels; None: all.
+        seeds: each with a choice of cases, and random weights of its own.
+        epochs: of the pre-trainings.
+        selection_epochs: of those that chose their rates.
+        jobs: runs at a time.
+    """
+    num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
+    folder = Path(output_dir).resolve()
+    encoders = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)
+    contestants = ("bertswin_strict", "random", "vit_mae")
+    runs = {}
+    for seed in seeds:
+        encoders["random"] = folder / "probing" / f"random_{seed}.pt"
+        encoders["random"].parent.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seed)
+        checkpoints.save(bertswin_mae_small_patch8_48x64x48(strict_stem=True).state_dict(), encoders["random"])
+        for most in num_labelled:
+            for name in contestants:
+                overlays = ("peers/vit_probe.yaml",) if name == "vit_mae" else ()
+                knobs = {"dataset_dir": str(Path(dataset_dir).resolve()), "pretrained": str(encoders[name])}
+                knobs |= {"seed": seed, **({} if most is None else {"num_train_cases": most})}
+                place = folder / "probing" / f"{name}_{most or 'all'}_{seed}"
+                runs[name, most, seed] = Run(place, "probe", ("probe.yaml", "small.yaml", *overlays), knobs)
+    execute(list(runs.values()), jobs)
+    found = {key: json.loads((run.folder / "probe.json").read_text()) for key, run in runs.items()}
+    report_probes(folder, found, contestants, num_labelled, seeds)
 
 
 def weights(
@@ -427,11 +453,39 @@ def _encoders(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int
     return {"bertswin_strict": tuned.last_weights(), "untuned": untuned, "vit_mae": runs["vit_mae"].last_weights()}
 
 
-def _finetuning(folder: Path, configs: Sequence[str], knobs: dict[str, Any], settings: dict[str, Any]) -> Run:
-    settings = {name: value for name, value in settings.items() if value is not None}
-    settings["dataset_dir"] = str(Path(settings["dataset_dir"]).resolve())
-    all_knobs = FINETUNING | knobs | settings
-    return Run(folder, "finetuning", ("finetune_segmentation.yaml", "small.yaml", *configs), all_knobs)
+def _finetuning_selection(
+    names: Iterable[str],
+    dataset_dir: str,
+    folder: Path,
+    encoders: Mapping[str, Path],
+    length: dict[str, Any],
+    jobs: int,
+) -> dict[tuple[str, float], float]:
+    """Learn from 20 of the training cases at every rate, and score on others of them."""
+    inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
+    settings = length | {"dataset_dir": inner, "num_train_cases": 20, "seed": 0}
+    candidates = {
+        (name, rate): _finetuning(
+            folder / "segmentation_selection" / f"{name}_{rate:g}", name, rate, encoders, settings
+        )
+        for name in names
+        for rate in FINETUNING_RATES
+    }
+    return {key: last["val_dice"] for key, last in _last_metrics(candidates, jobs).items()}
+
+
+def _finetuning(folder: Path, name: str, rate: float, encoders: Mapping[str, Path], settings: dict[str, Any]) -> Run:
+    knobs = FINETUNING | {"learning_rate": rate, "encoder_learning_rate": rate, "freeze_epochs": 0}
+    if name in encoders:
+        knobs |= {"pretrained": str(encoders[name]), "encoder_learning_rate": rate / 10, "freeze_epochs": 4}
+    knobs |= settings
+    knobs |= {"dataset_dir": str(Path(knobs["dataset_dir"]).resolve())}
+    configs = ("finetune_segmentation.yaml", "small.yaml", *SEGMENTATIONS[name])
+    return Run(folder, "finetuning", configs, {key: value for key, value in knobs.items() if value is not None})
+
+
+def _best(scores: Mapping[tuple[str, float], float], name: str) -> float:
+    return max((rate for contestant, rate in scores if contestant == name), key=lambda rate: scores[name, rate])
 
 
 def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[str, float]:
@@ -483,6 +537,6 @@ def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"convergence": convergence, "segmentation": segmentation, "tuning": tuning, "weights": weights})
+        fire.Fire({command.__name__: command for command in (convergence, segmentation, tuning, probing, weights)})
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["report_convergence", "report_scores"]
+__all__ = ["report_convergence", "report_probes", "report_scores"]
 
 TITLES = {
     "bertswin": "BertsWin",
@@ -136,7 +136,7 @@ def report_scores(
                 row |= {metric: statistics.mean(values), f"{metric}_by_seed": values}
                 row[f"{metric}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
             rows.append(row)
-    titles = [f"{most or 'all'} labels" for most in num_labelled]
+    titles = _titles(num_labelled)
     by_key = {(row["contestant"], row["num_labelled"]): row for row in rows}
 
     def cell(contestant: str, most: int | None) -> str:
@@ -176,11 +176,55 @@ def report_scores(
     plt.close(figure)
 
 
+def report_probes(
+    folder: Path,
+    probes: Mapping[tuple[str, int | None, int], Mapping[str, Any]],
+    contestants: Sequence[str],
+    num_labelled: Sequence[int | None],
+    seeds: Sequence[int],
+) -> None:
+    """Write the means over the seeds to ``probing.json``, and as a table to ``.md``.
+
+    Args:
+        folder: to write to.
+        probes: reports of :class:`~bertswin_mae.probe.FrozenProbe`, by contestant, number of labels (None: all) and
+            seed.
+        contestants: in the order of the rows.
+        num_labelled: in the order of the columns.
+        seeds: that are averaged.
+    """
+    readers = {
+        "patches, linear": lambda probe: probe["r2"],
+        "embeddings, linear": lambda probe: probe["embedding"]["linear"],
+        "embeddings, neighbours": lambda probe: probe["embedding"]["neighbours"],
+    }
+    rows = []
+    for contestant in contestants:
+        for title, read in readers.items():
+            by_count = [[read(probes[contestant, most, seed]) for seed in seeds] for most in num_labelled]
+            rows.append({"contestant": contestant, "probe": title, "r2_by_seed": by_count})
+    titles = _titles(num_labelled)
+    lines = [
+        f"| Share of the variance explained | probe | {' | '.join(titles)} |",
+        f"|---|---|{'---|' * len(titles)}",
+        *(
+            f"| {TITLES[row['contestant']]} | {row['probe']} "
+            f"| {' | '.join(f'{statistics.mean(values):.3f}' for values in row['r2_by_seed'])} |"
+            for row in rows
+        ),
+    ]
+    _write(folder, "probing", {"rows": rows, "num_labelled": num_labelled}, lines)
+
+
 def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]) -> None:
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     table = "\n".join(lines)
     (folder / f"{name}.md").write_text(table + "\n")
-    print(f"{table}\n\nwrote {folder / name}.md, .json and .png")
+    print(f"{table}\n\nwrote {folder / name}.md")
+
+
+def _titles(num_labelled: Sequence[int | None]) -> list[str]:
+    return [f"{most or 'all'} labels" for most in num_labelled]
 
 
 def _by_rate(selection: Mapping[tuple[str, float], float]) -> list[str]:

@@ -8,7 +8,7 @@ from conftest import TINY_KNOBS, noise
 
 from scripts import proof
 from scripts.proof import PRETRAININGS, RATES, Run, execute
-from scripts.proof_report import report_convergence, report_scores
+from scripts.proof_report import report_convergence, report_probes, report_scores
 
 
 @pytest.fixture
@@ -100,3 +100,13 @@ def test_what_was_reached_is_compared_with_the_peer_in_epochs_and_in_time(tmp_pa
     assert rows["bertswin"]["share_of_seconds"] == pytest.approx(0.3)
     assert "| never | never | never | never |" in (tmp_path / "convergence.md").read_text()
     assert (tmp_path / "convergence.png").stat().st_size > 5000
+
+
+def test_probes_become_a_table_of_means(tmp_path):
+    probes = {
+        ("vit_mae", most, seed): {"r2": 0.1 + 0.2 * seed, "embedding": {"linear": 0.5, "neighbours": 0.4}}
+        for most in (5, None)
+        for seed in (0, 1)
+    }
+    report_probes(tmp_path, probes, ["vit_mae"], (5, None), (0, 1))
+    assert "| MONAI ViT-MAE | patches, linear | 0.200 | 0.200 |" in (tmp_path / "probing.md").read_text()
