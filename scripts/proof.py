@@ -4,9 +4,11 @@
     python -m scripts.proof segmentation --dataset_dir Task04_Hippocampus --output_dir runs/proof
     python -m scripts.proof tuning --dataset_dir Task04_Hippocampus --output_dir runs/proof
     python -m scripts.proof probing --dataset_dir Task04_Hippocampus --output_dir runs/proof
+    python -m scripts.proof weights --dataset_dir Task04_Hippocampus --output_dir runs/proof
 
 Each run is a `python -m monai.bundle run` of its own, in a folder of `output_dir`. What is there already is not run
-again, and what was interrupted goes on, so a command can be stopped and repeated.
+again, and what was interrupted goes on, so a command can be stopped and repeated. All use `small.yaml`: MR volumes, and
+where there are labels, two of them, for at least 20 of four fifths of the training cases.
 """
 
 from __future__ import annotations
@@ -41,17 +43,19 @@ PRETRAININGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "bertswin": ((), {}),
     "bertswin_strict": ((), {"strict_stem": True}),
     "vit_mae": (("peers/vit_mae.yaml",), {}),
-    # As little as will do, of the ViT-MAE's epochs. An epoch has the same draws, each of them a step.
+    # On short schedules. An epoch has the same draws, each of them a step: 22 epochs of that end with a masked MSE of
+    # 0.070 on held-out training volumes, of half as many steps with two draws with 0.074.
     "bertswin_tenth": ((), {"strict_stem": True, "batch_size": 1, "iterations_per_epoch": 160}),
     "bertswin_fifth": ((), {"strict_stem": True, "batch_size": 1, "iterations_per_epoch": 160}),
 }
-SHARES = {"bertswin_tenth": 10, "bertswin_fifth": 5}
-# These take the rate of those.
-RELATED = {"bertswin_strict": "bertswin", "bertswin_fifth": "bertswin_tenth"}
-TUNING = 24  # epochs of pre-training that take longer than the twelve of stem tuning
-# What is fine-tuned: overlays, and the grid of rates. On a pre-trained encoder the decoder has a start of its own, and
-# the encoder follows at a tenth of its rate; what was never trained learns as a whole from the start.
-FINETUNING = {"feature_size": 8, "iterations_per_epoch": 10, "val_interval": 1000}  # scored at the end alone
+ONE_IN = {"bertswin_tenth": 10, "bertswin_fifth": 5}
+# These take the rate that is chosen for those.
+RATE_OF = {"bertswin_strict": "bertswin", "bertswin_fifth": "bertswin_tenth"}
+TUNED_EPOCHS = (
+    24  # of pre-training: they take longer than the twelve of stem tuning, which come to about as many seconds
+)
+# What is fine-tuned, all by the same steps from the same grid of rates, and scored at the end alone.
+FINETUNING = {"feature_size": 8, "batch_size": 1, "iterations_per_epoch": 20, "val_interval": 1000}
 FINETUNING_RATES = (0.003, 0.01, 0.03)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "bertswin_strict": (),
@@ -59,6 +63,15 @@ SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "vit_mae": ("peers/vit_segmentation.yaml",),
     "unetr": ("peers/unetr.yaml",),
     "unet": ("peers/unet.yaml",),
+}
+# Epochs in which the encoder is frozen; then it follows at a tenth of the decoder's rate. With 0 all learns from the
+# start, at one rate. Random weights have the choice.
+FREEZES: dict[str, tuple[int, ...]] = {
+    "bertswin_strict": (4,),
+    "random": (0, 4),
+    "vit_mae": (4,),
+    "unetr": (0,),
+    "unet": (0,),
 }
 
 
@@ -94,20 +107,24 @@ class Run:
             checkpoints.save(checkpoints.load(self.folder / "checkpoints" / "training_state.pt")["network"], path)
         return path
 
+    def _epochs_done(self) -> int:
+        return self.metrics()[-1]["epoch"] if (self.folder / "metrics.jsonl").exists() else 0
+
     def execute(self, threads: int) -> None:
         """Run it, unless it is complete.
 
         Raises:
-            ValueError: when it fails, with the end of its log; or is there with other knobs.
+            ValueError: when it fails, with the end of its log; was stopped; or is there with other knobs.
         """
         settings = {"workflow": self.workflow, "configs": list(self.configs), "knobs": self.knobs}
         if self.record.exists():
             found = json.loads(self.record.read_text())
-            if found | {"complete": True} != settings | {"complete": True}:
+            if any(found[key] != value for key, value in settings.items()):
                 raise ValueError(f"{self.folder} holds a run with other knobs, see {self.record}: remove it")
             if found["complete"]:
                 return
         self.folder.mkdir(parents=True, exist_ok=True)
+        settings |= {"code_version": _code_version()}
         self.record.write_text(json.dumps(settings | {"complete": False}, indent=1) + "\n")
         files = str([str(ROOT / "configs" / name) for name in self.configs])
         command = [sys.executable, "-m", "monai.bundle", "run", self.workflow, "--config_file", files]
@@ -121,6 +138,8 @@ class Run:
             ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=lines, stderr=lines, check=False)  # noqa: S603
         if ended.returncode:
             raise ValueError(f"{' '.join(command)}\nended with {ended.returncode}:\n{log.read_text()[-2000:]}")
+        if "max_epochs" in self.knobs and self._epochs_done() < self.knobs["max_epochs"]:  # SIGTERM ends a run with 0
+            raise ValueError(f"{self.folder} was stopped before its end: the same command continues it")
         self.record.write_text(json.dumps(settings | {"complete": True}, indent=1) + "\n")
 
 
@@ -152,7 +171,8 @@ def convergence(
     the other four fifths. (The strict stem takes that of the default one.)
     Validation volumes are those of the curves alone. The ViT-MAE is given as many epochs as it does in the time that
     BertsWin takes, its stem tuning included. That is measured with nothing beside, the networks taking turns.
-    Two more BertsWins have schedules of a tenth and of a fifth of the ViT-MAE's epochs.
+    Two more BertsWins, both with strict stems, have schedules of a tenth and of a fifth of the ViT-MAE's epochs, and
+    four times the steps an epoch. Their rate is chosen after a tenth.
 
     Args:
         dataset_dir: as for training.
@@ -166,12 +186,9 @@ def convergence(
     seconds = _seconds_per_epoch(dataset_dir, folder)
     runs = _pretrainings(dataset_dir, folder, epochs, scores, seconds)
     execute(list(runs.values()), jobs)
-    curves = {
-        name: [(record["epoch"], record["val_mse"], record["val_unexplained"]) for record in run.metrics()]
-        for name, run in runs.items()
-    }
+    curves = {name: run.metrics() for name, run in runs.items()}
     rates = {name: run.knobs["learning_rate"] for name, run in runs.items()}
-    report_convergence(folder, curves, rates, seconds, scores, selection_epochs)
+    report_convergence(folder, curves, rates, seconds, scores)
 
 
 def segmentation(
@@ -186,9 +203,11 @@ def segmentation(
 ) -> None:
     """Fine-tune to segment, with few labels and with many: pre-trained encoders and networks from scratch.
 
-    All learn from the same cases for the same number of draws, each at the rate of a grid that does best on a fifth of
-    the *training* cases after learning from 20 of the others. The last epoch is scored, on the validation cases, and
-    the encoders are those of the last epoch of their pre-training: nothing is chosen by the validation cases.
+    All learn from the same cases by the same number of steps, each at the rate of a grid that does best on a fifth of
+    the *training* cases after learning from 20 of the others. Pre-trained encoders are frozen at first and then learn
+    at a tenth of the decoder's rate; with random weights that is one candidate, to learn as a whole another. The last
+    epoch is scored, on the validation cases, and the encoders are those of the last epoch of their pre-training:
+    nothing is chosen by the validation cases.
 
     Args:
         dataset_dir: a Decathlon folder or a datalist, with labels.
@@ -209,7 +228,7 @@ def segmentation(
         (name, most, seed): _finetuning(
             folder / "segmentation" / f"{name}_{most or 'all'}_{seed}",
             name,
-            _best(found, name),
+            *_best(found, name),
             encoders,
             length | {"dataset_dir": dataset_dir, "num_train_cases": most, "seed": seed},
         )
@@ -232,7 +251,7 @@ def tuning(
 ) -> None:
     """Segment with the frozen encoder in three states: patch mode, whole volumes untuned, whole volumes tuned.
 
-    The decoder's rate is that which :func:`segmentation` chooses for the tuned encoder.
+    The decoder's rate is that which :func:`segmentation` chooses for the tuned encoder, which is thawed there.
     Patch mode is the pre-trained strict stem with ``blockwise_norm``: the same function of a whole volume.
 
     Args:
@@ -260,7 +279,7 @@ def tuning(
         (name, most, seed): _finetuning(
             folder / "tuning" / f"{name.replace(', ', '_').replace(' ', '_')}_{most or 'all'}_{seed}",
             "bertswin_strict",
-            _best(found, "bertswin_strict"),
+            *_best(found, "bertswin_strict"),
             encoders,
             knobs | frozen | {"num_train_cases": most, "seed": seed},
         )
@@ -304,7 +323,7 @@ def probing(
         for most in num_labelled:
             for name in contestants:
                 overlays = ("peers/vit_probe.yaml",) if name == "vit_mae" else ()
-                knobs = {"dataset_dir": str(Path(dataset_dir).resolve()), "pretrained": str(encoders[name])}
+                knobs = {"dataset_dir": _absolute(dataset_dir), "pretrained": str(encoders[name])}
                 knobs |= {"seed": seed, **({} if most is None else {"num_train_cases": most})}
                 place = folder / "probing" / f"{name}_{most or 'all'}_{seed}"
                 runs[name, most, seed] = Run(place, "probe", ("probe.yaml", "small.yaml", *overlays), knobs)
@@ -315,7 +334,6 @@ def probing(
 
 def weights(
     dataset_dir: str,
-    code_version: str,
     output_dir: str = "runs/proof",
     epochs: int = 200,
     selection_epochs: int = 50,
@@ -325,7 +343,6 @@ def weights(
 
     Args:
         dataset_dir: as of :func:`convergence`.
-        code_version: the commit that trained it.
         output_dir: as of :func:`convergence`, whose runs are taken from there, or done first.
         epochs: of the pre-training.
         selection_epochs: of those that chose its rate.
@@ -335,38 +352,57 @@ def weights(
     tuned = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)["bertswin_strict"]
     model = ROOT / "models" / "model.pt"
     checkpoints.save(checkpoints.encoder_part(checkpoints.load(tuned)), model)
-    names = sorted(case["case"] for case in _split(dataset_dir)["training"])
-    stages = {}
-    for title, name in (("pre-training", "bertswin_strict"), ("stem tuning", "bertswin_strict_tuned")):
-        run = Run(folder / "pretraining" / name, "", ())
-        about = json.loads(run.record.read_text())
-        records = run.metrics()
-        metric = next(key for key in ("val_mse", "val_objective") if key in records[-1])
-        paths = ("dataset_dir", "pretrained")
-        stages[title] = {
-            "configs": about["configs"],
-            "knobs": {key: value for key, value in about["knobs"].items() if key not in paths},
-            "seed": about["knobs"].get("seed", 0),
-            "curve": {metric: {str(r["epoch"]): round(r[metric], 4) for r in records if r["epoch"] % 10 == 0}},
-            "last": {key: round(value, 4) for key, value in records[-1].items() if key.startswith("val_")},
-        }
     metadata_file = ROOT / "configs" / "metadata.json"
     metadata = json.loads(metadata_file.read_text())
-    metadata["weights"] = {
-        "models/model.pt": {
-            "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
-            "data": f"{len(names)} training volumes of {Path(dataset_dir).name}, no labels",
-            "split": {
-                "val_fraction": 0.2,
-                "sha256_of_training_cases": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-            },
-            "code_version": code_version,
-            "epoch": "the last one: no validation volume has chosen anything",
-            **stages,
-        }
-    }
+    metadata["weights"] = {"models/model.pt": _provenance(model, dataset_dir, folder / "pretraining")}
     metadata_file.write_text(json.dumps(metadata, indent=4) + "\n")
     print(f"wrote {model} ({model.stat().st_size / 2**20:.1f} MB) and {metadata_file}")
+
+
+def _provenance(model: Path, dataset_dir: str, pretraining: Path) -> dict[str, Any]:
+    folds = _split(dataset_dir)
+    names = sorted(case["case"] for case in folds["training"])
+    stages = {}
+    for title, name, metric, interval in (
+        ("pre-training", "bertswin_strict", "val_mse", 10),
+        ("stem tuning", "bertswin_strict_tuned", "val_feature_cosine", 1),
+    ):
+        about = json.loads((pretraining / name / "run.json").read_text())
+        records = Run(pretraining / name, about["workflow"], tuple(about["configs"])).metrics()
+        stages[title] = {
+            "code_version": about["code_version"],
+            "configs": about["configs"],
+            "knobs": {key: value for key, value in about["knobs"].items() if key not in ("dataset_dir", "pretrained")},
+            "seed": about["knobs"].get("seed", 0),
+            "iterations": records[-1]["iteration"],
+            "curve": {metric: {str(r["epoch"]): round(r[metric], 4) for r in records if r["epoch"] % interval == 0}},
+            "last": {
+                key: value if key == "epoch" else round(value, 4)
+                for key, value in records[-1].items()
+                if key == "epoch" or key.startswith("val_")
+            },
+        }
+    return {
+        "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "data": f"{len(names)} training volumes of {Path(dataset_dir).name}, no labels",
+        "split": {
+            "cases": len(names) + len(folds["validation"]),
+            "training": len(names),
+            "sha256_of_training_cases": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+            "how": "scripts.data.split_cases with val_fraction 0.2; the hash is of the sorted names of the training "
+            "cases, such as imagesTr/hippocampus_001, joined by newlines",
+        },
+        "recipe": "plain L2 and AdamW at the rate that predicts a held-out fifth of the training volumes best",
+        "epoch": "the last one: no validation volume has chosen anything",
+        **stages,
+    }
+
+
+def _code_version() -> str:
+    """Name the commit, and say ``-dirty`` behind it where there is more; ``unknown`` outside of a repository."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    return ended.stdout.strip() or "unknown"
 
 
 def _split(dataset_dir: str) -> dict[str, list[dict[str, Any]]]:
@@ -380,7 +416,7 @@ def _selection(
 ) -> dict[tuple[str, float], float]:
     """Train at every rate on a part of the training volumes, and score on the rest of them."""
     # A short schedule wants a rate of its own. This is about a tenth of the ViT-MAE's, not known yet.
-    lengths = {name: max(1, epochs // 9) if name in SHARES else selection_epochs for name in PRETRAININGS}
+    lengths = {name: max(1, epochs // 9) if name in ONE_IN else selection_epochs for name in PRETRAININGS}
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
     candidates = {
         (name, rate): Run(
@@ -396,7 +432,7 @@ def _selection(
             },
         )
         for name, (configs, knobs) in PRETRAININGS.items()
-        if name not in RELATED
+        if name not in RATE_OF
         for rate in RATES
     }
     return {key: last["val_mse"] for key, last in _last_metrics(candidates, jobs).items()}
@@ -410,7 +446,7 @@ def _pretrainings(
     seconds: Mapping[str, float],
 ) -> dict[str, Run]:
     chosen = {
-        name: min(RATES, key=lambda rate, name=name: scores[RELATED.get(name, name), rate]) for name in PRETRAININGS
+        name: min(RATES, key=lambda rate, name=name: scores[RATE_OF.get(name, name), rate]) for name in PRETRAININGS
     }
     return {
         name: Run(
@@ -419,7 +455,7 @@ def _pretrainings(
             ("train.yaml", "small.yaml", *configs),
             {
                 **knobs,
-                "dataset_dir": str(Path(dataset_dir).resolve()),
+                "dataset_dir": _absolute(dataset_dir),
                 "max_epochs": (allowed := _allowed_epochs(name, epochs, seconds)),
                 "early_stop_patience": allowed,
                 "learning_rate": chosen[name],
@@ -431,10 +467,10 @@ def _pretrainings(
 
 def _allowed_epochs(name: str, epochs: int, seconds: Mapping[str, float]) -> int:
     """As many as fit in BertsWin's time; and in that of its stem tuning, for those that are not tuned."""
-    if name in SHARES:
-        return max(1, _allowed_epochs("vit_mae", epochs, seconds) // SHARES[name])
-    tuning = 0 if name.startswith("bertswin") else TUNING
-    return round(max(epochs, (epochs + tuning) * seconds["bertswin"] / seconds[name]))
+    if name in ONE_IN:
+        return max(1, _allowed_epochs("vit_mae", epochs, seconds) // ONE_IN[name])
+    extra = 0 if name.startswith("bertswin") else TUNED_EPOCHS
+    return round(max(epochs, (epochs + extra) * seconds["bertswin"] / seconds[name]))
 
 
 def _encoders(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int, jobs: int) -> dict[str, Path]:
@@ -447,7 +483,7 @@ def _encoders(dataset_dir: str, folder: Path, epochs: int, selection_epochs: int
         folder / "pretraining" / "bertswin_strict_tuned",
         "tuning",
         ("tune_stem.yaml", "small.yaml"),
-        {"dataset_dir": str(Path(dataset_dir).resolve()), "pretrained": str(untuned)},
+        {"dataset_dir": _absolute(dataset_dir), "pretrained": str(untuned)},
     )
     execute([tuned], 1)
     return {"bertswin_strict": tuned.last_weights(), "untuned": untuned, "vit_mae": runs["vit_mae"].last_weights()}
@@ -460,44 +496,48 @@ def _finetuning_selection(
     encoders: Mapping[str, Path],
     length: dict[str, Any],
     jobs: int,
-) -> dict[tuple[str, float], float]:
-    """Learn from 20 of the training cases at every rate, and score on others of them."""
+) -> dict[tuple[str, int, float], float]:
+    """Learn from 20 of the training cases in every way, and score on others of them: Dice by name, freeze and rate."""
     inner = _training_volumes_alone(dataset_dir, folder / "selection.json")
     settings = length | {"dataset_dir": inner, "num_train_cases": 20, "seed": 0}
     candidates = {
-        (name, rate): _finetuning(
-            folder / "segmentation_selection" / f"{name}_{rate:g}", name, rate, encoders, settings
+        (name, freeze, rate): _finetuning(
+            folder / "segmentation_selection" / f"{name}_{freeze}_{rate:g}", name, freeze, rate, encoders, settings
         )
         for name in names
+        for freeze in FREEZES[name]
         for rate in FINETUNING_RATES
     }
     return {key: last["val_dice"] for key, last in _last_metrics(candidates, jobs).items()}
 
 
-def _finetuning(folder: Path, name: str, rate: float, encoders: Mapping[str, Path], settings: dict[str, Any]) -> Run:
-    knobs = FINETUNING | {"learning_rate": rate, "encoder_learning_rate": rate, "freeze_epochs": 0}
-    if name in encoders:
-        knobs |= {"pretrained": str(encoders[name]), "encoder_learning_rate": rate / 10, "freeze_epochs": 4}
-    knobs |= settings
-    knobs |= {"dataset_dir": str(Path(knobs["dataset_dir"]).resolve())}
+def _finetuning(
+    folder: Path, name: str, freeze: int, rate: float, encoders: Mapping[str, Path], settings: dict[str, Any]
+) -> Run:
+    rates = {"learning_rate": rate, "encoder_learning_rate": rate / 10 if freeze else rate, "freeze_epochs": freeze}
+    weights = {"pretrained": str(encoders[name])} if name in encoders else {}
+    knobs = FINETUNING | rates | weights | settings
+    knobs |= {"dataset_dir": _absolute(knobs["dataset_dir"])}
     configs = ("finetune_segmentation.yaml", "small.yaml", *SEGMENTATIONS[name])
     return Run(folder, "finetuning", configs, {key: value for key, value in knobs.items() if value is not None})
 
 
-def _best(scores: Mapping[tuple[str, float], float], name: str) -> float:
-    return max((rate for contestant, rate in scores if contestant == name), key=lambda rate: scores[name, rate])
+def _best(scores: Mapping[tuple[str, int, float], float], name: str) -> tuple[int, float]:
+    """Say how long to freeze, and at which rate to learn."""
+    return max((score, *key[1:]) for key, score in scores.items() if key[0] == name)[1:]
 
 
 def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[str, float]:
     """Median over rounds, without validation, on all cores, one network after the other; measured once."""
-    path, source = folder / "seconds.json", str(Path(dataset_dir).resolve())
+    path, source = folder / "seconds.json", _absolute(dataset_dir)
     known: dict[str, float] = {}
     if path.exists() and (found := json.loads(path.read_text()))["dataset_dir"] == source:
         known = found["seconds"]
     # What was measured stays, since numbers of epochs follow from it. What is new is measured beside the first.
-    names = list(dict.fromkeys(["bertswin", *(name for name in PRETRAININGS if name not in known)]))
-    if known and len(names) == 1:
+    missing = [name for name in PRETRAININGS if name not in known]
+    if not missing:
         return known
+    names = list(dict.fromkeys(["bertswin", *missing]))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -518,8 +558,17 @@ def _last_metrics(runs: Mapping[Any, Run], jobs: int) -> dict[Any, dict[str, Any
     return {key: run.metrics()[-1] for key, run in runs.items()}
 
 
-def _sequence(values: Sequence[int | None] | int) -> Sequence[int | None]:
-    return [values] if isinstance(values, int) else values
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _sequence(values: Sequence[int | str | None] | int | str | None) -> Sequence[int | None]:
+    """Read numbers of labels, or seeds: one or several, ``all`` (or None) for all labels."""
+    several = [values] if isinstance(values, int | str | None) else values
+    found = [None if value in (None, "all") else value for value in several]
+    if any(value is not None and not isinstance(value, int) for value in found):
+        raise ValueError(f"{values} should be whole numbers, or all")
+    return found
 
 
 def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
@@ -538,5 +587,5 @@ def _training_volumes_alone(dataset_dir: str, path: Path) -> Path:
 if __name__ == "__main__":
     try:
         fire.Fire({command.__name__: command for command in (convergence, segmentation, tuning, probing, weights)})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

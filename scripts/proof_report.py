@@ -18,17 +18,19 @@ __all__ = ["report_convergence", "report_probes", "report_scores"]
 TITLES = {
     "bertswin": "BertsWin",
     "bertswin_strict": "BertsWin, strict stem",
+    "bertswin_fifth": "BertsWin, strict stem, a fifth of the epochs, batch 1",
+    "bertswin_tenth": "BertsWin, strict stem, a tenth of the epochs, batch 1",
     "vit_mae": "MONAI ViT-MAE",
-    "bertswin_tenth": "BertsWin, a tenth of the epochs",
-    "bertswin_fifth": "BertsWin, a fifth of the epochs",
     "random": "BertsWin, random weights",
     "unetr": "MONAI UNETR, from scratch",
     "unet": "MONAI U-Net, from scratch",
 }
+# The same where they segment.
+PRETRAINED_TITLES = {"bertswin_strict": "BertsWin, pre-trained and tuned", "vit_mae": "MONAI ViT-MAE, pre-trained"}
 COLOURS = dict(
     zip(
         TITLES,
-        ("tab:blue", "tab:cyan", "tab:orange", "violet", "navy", "tab:grey", "tab:red", "tab:green"),
+        ("tab:blue", "tab:cyan", "navy", "violet", "tab:orange", "tab:grey", "tab:red", "tab:green"),
         strict=True,
     )
 )
@@ -36,72 +38,89 @@ COLOURS = dict(
 
 def report_convergence(
     folder: Path,
-    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
     rates: Mapping[str, float],
     seconds: Mapping[str, float],
     selection: Mapping[tuple[str, float], float],
-    selection_epochs: int,
 ) -> None:
     """Write ``convergence.json``, ``.md`` and ``.png``: who rebuilds how well after how long.
 
     Args:
         folder: to write to.
-        curves: epoch, masked MSE and unexplained share of each validation, by network.
+        curves: the lines of ``metrics.jsonl`` of each network.
         rates: the learning rate of each.
         seconds: an epoch, of each.
         selection: masked MSE that chose the rates, by network and rate.
-        selection_epochs: that it was found after.
     """
-    # The ViT-MAE's best, its epochs until then, and all of them.
-    goal, peers_best_epoch = min((error, epoch) for epoch, error, _ in curves["vit_mae"])
-    peers_epochs = curves["vit_mae"][-1][0]
+    peer_best = _best_epoch(curves["vit_mae"])
+    goal = peer_best["val_mse"]
     rows = []
     for name, curve in curves.items():
-        best_epoch, best_mse, best_unexplained = min(curve, key=lambda point: point[1])
-        reached = next((epoch for epoch, error, _ in curve if error <= goal), None)
-        rows.append(
-            {
-                "network": name,
-                "learning_rate": rates[name],
-                "seconds_per_epoch": seconds[name],
-                "best_mse": best_mse,
-                "best_unexplained": best_unexplained,
-                "best_epoch": best_epoch,
-                "epochs_to_goal": reached,
-                "share_of_epochs": reached and reached / peers_epochs,
-                "share_of_epochs_to_best": reached and reached / peers_best_epoch,
-                "share_of_seconds": reached and reached * seconds[name] / (peers_epochs * seconds["vit_mae"]),
-            }
-        )
+        best = _best_epoch(curve)
+        row: dict[str, Any] = {
+            "network": name,
+            "learning_rate": rates[name],
+            "seconds_per_epoch": seconds[name],
+            "epochs": curve[-1]["epoch"],
+            "best_epoch": best["epoch"],
+            "best_mse": best["val_mse"],
+            "best_unexplained": best["val_unexplained"],
+        }
+        reached = next((record for record in curve if record["val_mse"] <= goal), None)
+        if reached:
+            row |= {"epochs_to_goal": reached["epoch"], "steps_to_goal": reached["iteration"]}
+            for title, peer in (("", curves["vit_mae"][-1]), ("_to_best", peer_best)):
+                share = reached["epoch"] / peer["epoch"]
+                row |= {
+                    f"share_of_epochs{title}": share,
+                    f"share_of_steps{title}": reached["iteration"] / peer["iteration"],
+                    f"share_of_seconds{title}": share * seconds[name] / seconds["vit_mae"],
+                }
+        rows.append(row)
     lines = [
-        "| network | learning rate | seconds an epoch | best masked MSE | unexplained | at epoch "
-        "| epochs to the ViT-MAE's best | share of its epochs | of those until its best | of its time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | learning rate | seconds an epoch | epochs | best masked MSE | unexplained | at epoch |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {TITLES[row['network']]} | {row['learning_rate']:g} | {row['seconds_per_epoch']:.2f} "
-            f"| {row['best_mse']:.4f} | {row['best_unexplained']:.3f} | {row['best_epoch']} "
-            f"| {_shown(row['epochs_to_goal'], 'd')} | {_shown(row['share_of_epochs'])} "
-            f"| {_shown(row['share_of_epochs_to_best'])} | {_shown(row['share_of_seconds'])} |"
+            f"| {TITLES[row['network']]} | {row['learning_rate']:g} | {row['seconds_per_epoch']:.2f} | {row['epochs']} "
+            f"| {row['best_mse']:.4f} | {row['best_unexplained']:.3f} | {row['best_epoch']} |"
             for row in rows
         ),
         "",
-        f"Masked MSE on the held-out training volumes after {selection_epochs} epochs, by learning rate:",
+        f"To the ViT-MAE's best, {goal:.4f}, which it reaches in epoch {peer_best['epoch']}:",
         "",
-        *_by_rate(selection),
+        "| network | epochs | steps | share of all the ViT-MAE's epochs | of its time | of its steps "
+        "| share of its epochs until its best | of its time until then |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {TITLES[row['network']]} | {row['epochs_to_goal']} | {row['steps_to_goal']} "
+            f"| {row['share_of_epochs']:.2f} | {row['share_of_seconds']:.2f} | {row['share_of_steps']:.2f} "
+            f"| {row['share_of_epochs_to_best']:.2f} | {row['share_of_seconds_to_best']:.2f} |"
+            if "epochs_to_goal" in row
+            else f"| {TITLES[row['network']]} |{' never |' * 7}"
+            for row in rows
+        ),
+        "",
+        "Masked MSE on the held-out training volumes after the shorter trainings, by learning rate:",
+        "",
+        *_by_rate({(TITLES[name], rate): score for (name, rate), score in selection.items()}),
     ]
     _write(folder, "convergence", {"rows": rows, "curves": curves}, lines)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
     for name, curve in curves.items():
-        epoch, error, _ = zip(*curve, strict=True)
+        errors = [record["val_mse"] for record in curve]
+        epochs = [record["epoch"] for record in curve]
         style = {"color": COLOURS[name], "label": TITLES[name]}
-        axes[0].plot(epoch, error, **style)
-        axes[1].plot([number * seconds[name] / 60 for number in epoch], error, **style)
+        axes[0].plot(epochs, errors, **style)
+        axes[1].plot([epoch * seconds[name] / 60 for epoch in epochs], errors, **style)
+    ticks = [0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4]
     for axis, label in zip(axes, ("epochs", "minutes of training"), strict=True):
         axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
         axis.set(xlabel=label, yscale="log")
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("masked MSE, validation volumes")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize="small")
     figure.savefig(folder / "convergence.png", dpi=110)
     plt.close(figure)
 
@@ -113,7 +132,7 @@ def report_scores(
     contestants: Sequence[str],
     num_labelled: Sequence[int | None],
     seeds: Sequence[int],
-    selection: Mapping[tuple[str, float], float] | None = None,
+    selection: Mapping[tuple[str, int, float], float] | None = None,
 ) -> None:
     """Write mean and deviation over the seeds to ``<name>.json``, as a table to ``.md``, and as a figure to ``.png``.
 
@@ -124,7 +143,7 @@ def report_scores(
         contestants: in the order of the rows.
         num_labelled: in the order of the columns.
         seeds: that are averaged.
-        selection: Dice that chose the rates, by contestant and rate.
+        selection: Dice that chose the rates, by contestant, epochs frozen and rate.
     """
     rows = []
     for contestant in contestants:
@@ -134,7 +153,7 @@ def report_scores(
             for metric in ("val_dice", "val_hausdorff"):
                 values = [one[metric] for one in found]
                 row |= {metric: statistics.mean(values), f"{metric}_by_seed": values}
-                row[f"{metric}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[f"{metric}_deviation"] = _spread(values)
             rows.append(row)
     titles = _titles(num_labelled)
     by_key = {(row["contestant"], row["num_labelled"]): row for row in rows}
@@ -147,12 +166,16 @@ def report_scores(
         f"| Dice in percent (Hausdorff distance in voxels) | {' | '.join(titles)} |",
         f"|---|{'---|' * len(titles)}",
         *(
-            f"| {TITLES.get(contestant, contestant)} | {' | '.join(cell(contestant, most) for most in num_labelled)} |"
+            f"| {_title(contestant)} | {' | '.join(cell(contestant, most) for most in num_labelled)} |"
             for contestant in contestants
         ),
     ]
     if selection:
-        lines += ["", "Dice on the held-out training volumes, by learning rate:", "", *_by_rate(selection)]
+        by_way = {
+            (f"{_title(name)}{', frozen at first' if freeze else ''}", rate): score
+            for (name, freeze, rate), score in selection.items()
+        }
+        lines += ["", "Dice on the held-out training volumes, by learning rate:", "", *_by_rate(by_way)]
     _write(folder, name, {"rows": rows}, lines)
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     width = 0.8 / len(contestants)
@@ -161,7 +184,7 @@ def report_scores(
         for number, most in enumerate(num_labelled):
             row, across = by_key[contestant, most], number + place * width
             mean, by_seed = 100 * row["val_dice"], [100 * value for value in row["val_dice_by_seed"]]
-            label = TITLES.get(contestant, contestant) if number == 0 else None
+            label = _title(contestant) if number == 0 else None
             axis.plot([across] * len(by_seed), by_seed, ".", color=colour, alpha=0.5)  # every seed, and their mean
             axis.plot(across, mean, "_", color=colour, markersize=14, markeredgewidth=2.5, label=label)
             axis.annotate(
@@ -208,8 +231,8 @@ def report_probes(
         f"| Share of the variance explained | probe | {' | '.join(titles)} |",
         f"|---|---|{'---|' * len(titles)}",
         *(
-            f"| {TITLES[row['contestant']]} | {row['probe']} "
-            f"| {' | '.join(f'{statistics.mean(values):.3f}' for values in row['r2_by_seed'])} |"
+            f"| {_title(row['contestant'])} | {row['probe']} "
+            f"| {' | '.join(f'{statistics.mean(r2):.3f} ± {_spread(r2):.3f}' for r2 in row['r2_by_seed'])} |"
             for row in rows
         ),
     ]
@@ -223,18 +246,26 @@ def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]
     print(f"{table}\n\nwrote {folder / name}.md")
 
 
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def _titles(num_labelled: Sequence[int | None]) -> list[str]:
     return [f"{most or 'all'} labels" for most in num_labelled]
 
 
+def _title(contestant: str) -> str:
+    return (TITLES | PRETRAINED_TITLES).get(contestant, contestant)
+
+
+def _best_epoch(curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return min(curve, key=lambda record: record["val_mse"])
+
+
 def _by_rate(selection: Mapping[tuple[str, float], float]) -> list[str]:
-    names, rates = (list(dict.fromkeys(key[place] for key in selection)) for place in (0, 1))
+    titles, rates = (list(dict.fromkeys(key[place] for key in selection)) for place in (0, 1))
     return [
-        f"| network | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        f"| learning rate | {' | '.join(f'{rate:g}' for rate in rates)} |",
         f"|---|{'---|' * len(rates)}",
-        *(f"| {TITLES[name]} | {' | '.join(f'{selection[name, rate]:.4f}' for rate in rates)} |" for name in names),
+        *(f"| {title} | {' | '.join(f'{selection[title, rate]:.4f}' for rate in rates)} |" for title in titles),
     ]
-
-
-def _shown(value: float | None, form: str = ".2f") -> str:
-    return "never" if value is None else format(value, form)
