@@ -1,8 +1,10 @@
 """Build what is published: the bundle as a zip, checked; the list of large weights; the folder for Hugging Face.
 
-    python -m scripts.release build
     python -m scripts.release large_files --urls "{'models/base.pt': 'https://…/base.pt'}"
+    python -m scripts.release
     python -m scripts.release hugging_face --repo OWNER/bertswin_mae
+
+The first is for weights that lie elsewhere, and what it writes is to be committed; the second is `build`.
 
 The version, and what changed since the one before, stand in `configs/metadata.json` alone. Nothing here uploads
 anything.
@@ -30,13 +32,20 @@ __all__ = ["build", "check", "hugging_face", "large_files"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "bertswin_mae"
-# What a user of the bundle needs. Tests, and what checks them, stay in the repository.
-CONTENTS = (
-    *("configs", "docs", "models", "scripts"),
+# What a user of the bundle needs, and nothing else is ever published: no volumes, lists of them, archives, or keys.
+# Tests, and what checks them, stay in the repository.
+PUBLISHED = (
+    *(
+        "configs/*.yaml",
+        "configs/peers/*.yaml",
+        "configs/inference.json",
+        "configs/metadata.json",
+        "configs/logging.conf",
+    ),
+    *("docs/*.md", "docs/data_license.txt", "docs/figures/*.png", "models/*.pt", "scripts/*.py"),
     *("CITATION.cff", "LICENSE", "README.md", "large_files.yml", "pyproject.toml", "requirements.txt", "setup.py"),
 )
-# The only kinds of file that are ever published, beside LICENSE: no volumes, no archives, no keys.
-SUFFIXES = {".cff", ".conf", ".json", ".md", ".png", ".pt", ".py", ".toml", ".txt", ".yaml", ".yml"}
+CONTENTS = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in PUBLISHED))
 LARGEST = 16 * 2**20  # bytes of a file in the zip; what is larger goes through large_files.yml
 
 
@@ -54,8 +63,13 @@ def build(output_dir: str = "dist", schema: str | None = None, revision: str = "
     Raises:
         ValueError: when anything is wrong with the tree; nothing is left then.
     """
-    if revision == "HEAD" and (changed := _git("status", "--porcelain", "--", *CONTENTS)):
-        raise ValueError(f"what is published is what is committed, but these are not:\n{changed}")
+    elsewhere = [
+        f"?? {entry['path']}" for entry in yaml.safe_load(_git("show", f"{revision}:large_files.yml"))["large_files"]
+    ]
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--", *CONTENTS).splitlines()
+    if revision == "HEAD" and (changed := [line for line in changed if line not in elsewhere]):
+        listing = "\n".join(changed)
+        raise ValueError(f"what is published is what is committed, but these are not:\n{listing}")
     metadata = json.loads(_git("show", f"{revision}:configs/metadata.json"))
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,24 +94,10 @@ def check(archive: str, schema: str | None = None) -> None:
     Raises:
         ValueError: naming what is wrong.
     """
-    for path in filter(None, (archive, schema)):
-        if not Path(path).is_file():
-            raise ValueError(f"there is no file {path}")
+    if schema and not Path(schema).is_file():
+        raise ValueError(f"there is no file {schema}")
     with tempfile.TemporaryDirectory() as place:
-        try:
-            with ZipFile(archive) as file:
-                file.extractall(place)
-        except BadZipFile as error:
-            raise ValueError(f"{archive} is no zip: {error}") from error
-        root = Path(place) / NAME
-        if not (root / "configs/metadata.json").is_file():
-            raise ValueError(f"{archive} holds no {NAME}/configs/metadata.json")
-        problems = [problem for path in sorted(root.rglob("*")) if path.is_file() for problem in _problems(path, root)]
-        metadata = json.loads((root / "configs/metadata.json").read_text())
-        if metadata["version"] not in metadata["changelog"]:
-            problems.append(f"the changelog in metadata.json does not mention version {metadata['version']}")
-        if problems:
-            raise ValueError(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
+        root = _unpack(archive, Path(place))
         if schema:
             shutil.copy(schema, Path(place) / "schema.json")  # where MONAI looks before it downloads
         _monai(root, "verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", f"{place}/schema.json")
@@ -154,22 +154,51 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     folder = Path(output_dir).resolve() / NAME
     if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "configs/metadata.json").is_file()):
         raise ValueError(f"{folder} is not of an earlier release: choose another --output_dir")
-    shutil.rmtree(folder, ignore_errors=True)
-    with ZipFile(source) as file:
-        file.extractall(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        root = _unpack(str(source), Path(place))
+        shutil.rmtree(folder, ignore_errors=True)
+        root.replace(folder)
     # What Hugging Face reads at the head of a front page.
-    header = {"license": "apache-2.0", "library_name": "monai", "tags": ["monai", "medical", "self-supervised"]}
+    tags = ["monai", "medical", "self-supervised"]
+    header = {"license": ["apache-2.0", "cc-by-sa-4.0"], "library_name": "monai", "tags": tags}
     page = folder / "README.md"
     page.write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{page.read_text()}")
-    print(f"wrote {folder}; to upload it:\n  hf upload {repo} {folder} . --commit-message 'Version {version}'")
+    command = f"hf upload {repo} {folder} . --delete '*' --commit-message 'Version {version}'"
+    print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {command}")
     return folder
+
+
+def _unpack(archive: str, place: Path) -> Path:
+    """Unpack a zip, unless there is anything in it that must not be published."""
+    if not Path(archive).is_file():
+        raise ValueError(f"there is no file {archive}")
+    try:
+        with ZipFile(archive) as file:
+            file.extractall(place)
+    except BadZipFile as error:
+        raise ValueError(f"{archive} is no zip: {error}") from error
+    root = place / NAME
+    if not (root / "configs/metadata.json").is_file() or list(place.iterdir()) != [root]:
+        raise ValueError(f"{archive} should hold {NAME}/configs/metadata.json and nothing beside {NAME}")
+    problems = [problem for path in sorted(root.rglob("*")) if path.is_file() for problem in _problems(path, root)]
+    metadata = json.loads((root / "configs/metadata.json").read_text())
+    if metadata["version"] not in metadata["changelog"]:
+        problems.append(f"the changelog in metadata.json does not mention version {metadata['version']}")
+    hashes = {path: about["sha256"] for path, about in metadata.get("weights", {}).items()}
+    if hashes != {path.relative_to(root).as_posix(): _sha256(path) for path in root.glob("models/*.pt")}:
+        problems.append("the weights in metadata.json, with their sha256, are not those in models")
+    if problems:
+        raise ValueError(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
+    return root
 
 
 def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str]:
     """Say why a file must not be published."""
     name = path.relative_to(root)
     problems = []
-    if (path.suffix not in SUFFIXES and str(name) != "LICENSE") or any(part.startswith(".") for part in name.parts):
+    patterns = [pattern for pattern in PUBLISHED if len(Path(pattern).parts) == len(name.parts)]
+    if name.name.startswith(".") or not any(name.match(pattern) for pattern in patterns):
         problems.append(f"{name} is not of a kind that is published")
     if largest is not None and path.stat().st_size > largest:
         problems.append(f"{name} is larger than {largest // 2**20} MB: list it in large_files.yml")
@@ -204,6 +233,10 @@ def _sha256(path: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        fire.Fire({"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check})
-    except ValueError as error:
+        given = sys.argv[1:]
+        fire.Fire(
+            {"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check},
+            command=given if given and not given[0].startswith("--schema") else ["build", *given],
+        )
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -105,6 +105,9 @@ class Code:
         ("docs/scan.nii.gz", None, "scan.nii.gz is not of a kind that is published"),
         ("models/code.pt", Code(), "code.pt"),
         ("docs/id_rsa", "key", "id_rsa is not of a kind that is published"),
+        ("configs/patients.json", "key", "patients.json is not of a kind that is published"),
+        ("docs/.hidden.md", "key", "hidden.md is not of a kind that is published"),
+        ("models/model.pt", {"weight": torch.zeros(1)}, "weights in metadata.json, with their sha256, are not those"),
         ("models/nested.pt", {"network": {"weight": torch.zeros(1)}}, "nested.pt does not hold flat weights"),
         ("models/large.pt", {"weight": torch.zeros(5 * 2**20)}, "large.pt is larger than 16 MB"),
     ],
@@ -187,9 +190,25 @@ def test_large_weights_are_fetched_and_a_wrong_hash_is_noticed(repository, serve
         del entry["hash_val"]
     (repository / "large_files.yml").write_text(yaml.safe_dump(listing))
     fetched = bundle("download_large_files", "--bundle_path", str(repository))
-    assert (fetched.returncode == 0) == (hash_val != "wrong"), fetched.stderr
-    if hash_val == "right":
+    if hash_val == "wrong":
+        assert fetched.returncode != 0
+        assert "hash check of downloaded file failed" in fetched.stderr
+        assert not weights.exists()
+    else:  # MONAI takes a file without a hash as it comes
+        assert fetched.returncode == 0, fetched.stderr
         assert torch.load(weights, weights_only=True)["weight"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_large_weights_may_lie_beside_what_is_built_once_they_are_listed(repository, schema, tmp_path):
+    weights = repository / "models" / "base.pt"
+    torch.save({"weight": torch.zeros(5 * 2**20)}, weights)  # beyond 16 MB
+    with pytest.raises(ValueError, match=r"(?s)these are not.*models/base.pt"):
+        release.build(str(tmp_path / "dist"), schema)
+    release.large_files({"models/base.pt": "https://example.org/base.pt"}, str(repository))
+    git(repository, "commit", "-qam", "listed")
+    with ZipFile(release.build(str(tmp_path / "dist"), schema)) as file:
+        assert "bertswin_mae/models/base.pt" not in file.namelist()
+        assert b"https://example.org/base.pt" in file.read("bertswin_mae/large_files.yml")
 
 
 def test_the_list_of_large_weights_takes_files_of_the_bundle_alone(repository, tmp_path):
@@ -200,14 +219,20 @@ def test_the_list_of_large_weights_takes_files_of_the_bundle_alone(repository, t
 
 
 def test_the_folder_for_hugging_face_is_what_is_in_the_zip(built, tmp_path, capsys):
+    built = Path(shutil.copy(built, tmp_path))
     folder = release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))
     page = (folder / "README.md").read_text()
-    assert page.startswith("---\nlicense: apache-2.0\nlibrary_name: monai\n")
+    assert page.startswith("---\nlicense:\n- apache-2.0\n- cc-by-sa-4.0\nlibrary_name: monai\n")
     with ZipFile(built) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == names
     assert "hf upload owner/bertswin_mae" in capsys.readouterr().out
     release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))  # again
+    with ZipFile(built, "a") as file:
+        file.writestr("bertswin_mae/docs/scan.nii.gz", b"a patient")
+    with pytest.raises(ValueError, match=r"scan\.nii\.gz is not of a kind"):
+        release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "other"))
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_what_is_no_earlier_release_is_not_replaced(built, repository, tmp_path, monkeypatch):
