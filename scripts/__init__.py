@@ -3,6 +3,7 @@
 import monai.networks.nets
 
 from .bertswin_mae import BertsWinMAE, ConvDecoder, bertswin_mae_base_patch16_224, bertswin_mae_small_patch8_48x64x48
+from .data import list_cases
 from .encoder import BertsWinEncoder
 from .masking import patchify, random_masking, unpatchify
 from .pretrained import bundle_root, pretrained_encoder
@@ -14,6 +15,7 @@ __all__ = [
     "bertswin_mae_base_patch16_224",
     "bertswin_mae_small_patch8_48x64x48",
     "bundle_root",
+    "list_cases",
     "patchify",
     "pretrained_encoder",
     "random_masking",

@@ -14,12 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from .bertswin_mae import BertsWinMAE
+from .inference import load_encoder, strict_stem_of
+
 __all__ = [
     "FrozenProbe",
     "accuracy",
     "fit_neighbours",
     "fit_ridge",
     "label_fractions",
+    "load_frozen",
     "probe_embeddings",
     "r_squared",
 ]
@@ -130,6 +134,25 @@ class FrozenProbe:
             *(report["r2"], report["r2_standard_error"]),
         )
         return report
+
+
+def load_frozen(pretrained: str | Path | None, settings: dict[str, Any]) -> BertsWinMAE:
+    """Build a network around a pre-trained encoder, to read features in either mode; its decoder is not used.
+
+    Args:
+        pretrained: ``model.pt``, or the ``encoder.pt`` of a tuning.
+        settings: arguments of :class:`~bertswin_mae.bertswin_mae.BertsWinMAE`. ``strict_stem`` may be None: it is read
+            off the weights.
+
+    Raises:
+        ValueError: when there are no such weights, or they do not fit the settings.
+    """
+    if pretrained is None:
+        raise ValueError("give --pretrained, the model.pt of a pre-training or a tuning, or an encoder.pt")
+    strict = strict_stem_of(pretrained, settings["strict_stem"])
+    network = BertsWinMAE(**(settings | {"strict_stem": strict}))
+    load_encoder(network.encoder, pretrained)
+    return network
 
 
 def probe_embeddings(

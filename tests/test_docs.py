@@ -126,6 +126,11 @@ def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
         assert tuple(names[name].shape) == shape
 
 
+def test_the_readme_goes_from_the_weights_to_their_use_in_ten_lines():
+    body = next(parameter.values[1] for parameter in blocks("python") if "pretrained_encoder" in parameter.values[1])
+    assert len([line for line in body.splitlines() if line]) == 10
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The package as pip installs it, in a folder of its own."""
@@ -167,6 +172,9 @@ def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_p
         in_package(
             installed / "bertswin_mae" / "bundle", "import scripts; print(scripts.bundle_root())", tmp_path
         ).strip()
+    )
+    in_package(
+        installed, "import torch, bertswin_mae as b; b.pretrained_encoder()(torch.ones(1, 1, 48, 64, 48))", tmp_path
     )
     names = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")}
     assert {path.relative_to(root / "configs") for path in (root / "configs").rglob("*.*")} == names

@@ -66,8 +66,8 @@ def test_cases_without_labels_are_refused():
     ("mode", "overlays", "network"),
     [
         ("patch", ("small.yaml",), tiny()),
-        ("volumetric", ("small.yaml",), tiny()),
-        ("volumetric", ("small.yaml", "peers/vit_probe.yaml"), ViTMAE((32, 32, 32), 8, 1, 48, 2, 4, 48)),
+        ("volumetric", ("small.yaml",), tiny(strict_stem=True).encoder),
+        ("patch", ("small.yaml", "peers/vit_probe.yaml"), ViTMAE((32, 32, 32), 8, 1, 48, 2, 4, 48)),
     ],
 )
 def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode, overlays, network):
