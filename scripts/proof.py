@@ -56,7 +56,7 @@ TUNED_EPOCHS = (
 )
 # What is fine-tuned, all by the same steps from the same grid of rates, and scored at the end alone.
 FINETUNING = {"feature_size": 8, "batch_size": 1, "iterations_per_epoch": 20, "val_interval": 1000}
-FINETUNING_RATES = (0.003, 0.01, 0.03)
+FINETUNING_RATES = (0.001, 0.003, 0.01, 0.03)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "bertswin_strict": (),
     "random": (),
@@ -242,14 +242,14 @@ def segmentation(
 def tuning(
     dataset_dir: str,
     output_dir: str = "runs/proof",
-    num_labelled: Sequence[int | None] | int = (20,),
+    num_labelled: Sequence[int | None] | int = (5, 20, None),
     seeds: Sequence[int] | int = (0, 1, 2),
     epochs: int = 200,
     selection_epochs: int = 50,
     finetuning_epochs: int = 20,
     jobs: int = 2,
 ) -> None:
-    """Segment with the frozen encoder in three states: patch mode, whole volumes untuned, whole volumes tuned.
+    """Segment with a frozen encoder: in patch mode, on whole volumes untuned and tuned, and with random weights.
 
     The decoder's rate is that which :func:`segmentation` chooses for the tuned encoder, which is thawed there.
     Patch mode is the pre-trained strict stem with ``blockwise_norm``: the same function of a whole volume.
@@ -267,10 +267,11 @@ def tuning(
     num_labelled, seeds = (_sequence(values) for values in (num_labelled, seeds))
     folder = Path(output_dir).resolve()
     encoders = _encoders(dataset_dir, folder, epochs, selection_epochs, jobs)
-    states = {
-        "patch mode": {"pretrained": str(encoders["untuned"]), "blockwise_norm": True},
-        "volumetric, untuned": {"pretrained": str(encoders["untuned"])},
-        "volumetric, tuned": {"pretrained": str(encoders["bertswin_strict"])},
+    states: dict[str, tuple[str, dict[str, Any]]] = {
+        "patch mode": ("bertswin_strict", {"pretrained": str(encoders["untuned"]), "blockwise_norm": True}),
+        "volumetric, untuned": ("bertswin_strict", {"pretrained": str(encoders["untuned"])}),
+        "volumetric, tuned": ("bertswin_strict", {}),
+        "random weights": ("random", {}),
     }
     length = {"max_epochs": finetuning_epochs}
     found = _finetuning_selection(["bertswin_strict"], dataset_dir, folder, encoders, length, jobs)
@@ -278,14 +279,14 @@ def tuning(
     runs = {
         (name, most, seed): _finetuning(
             folder / "tuning" / f"{name.replace(', ', '_').replace(' ', '_')}_{most or 'all'}_{seed}",
-            "bertswin_strict",
+            contestant,
             *_best(found, "bertswin_strict"),
             encoders,
             knobs | frozen | {"num_train_cases": most, "seed": seed},
         )
         for seed in seeds
         for most in num_labelled
-        for name, knobs in states.items()
+        for name, (contestant, knobs) in states.items()
     }
     report_scores(folder, "tuning", _last_metrics(runs, jobs), list(states), num_labelled, seeds)
 
