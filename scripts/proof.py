@@ -538,7 +538,7 @@ def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[
     missing = [name for name in PRETRAININGS if name not in known]
     if not missing:
         return known
-    names = list(dict.fromkeys(["bertswin", *missing]))
+    names = list(dict.fromkeys(["bertswin", *(_first_like(name) for name in missing)]))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -548,9 +548,14 @@ def _seconds_per_epoch(dataset_dir: str, folder: Path, rounds: int = 3) -> dict[
             seconds[name].append((waited.sum() + stepped.sum()).item())
     medians = {name: statistics.median(measured) for name, measured in seconds.items()}
     scale = known.get("bertswin", medians["bertswin"]) / medians["bertswin"]
-    known = {name: scale * median for name, median in medians.items()} | known
+    known = {name: scale * medians[_first_like(name)] for name in ["bertswin", *missing]} | known
     path.write_text(json.dumps({"dataset_dir": source, "seconds": known}, indent=1) + "\n")
     return known
+
+
+def _first_like(name: str) -> str:
+    """Name the first network with the same settings: an epoch of both takes the same time."""
+    return next(other for other, settings in PRETRAININGS.items() if settings == PRETRAININGS[name])
 
 
 def _last_metrics(runs: Mapping[Any, Run], jobs: int) -> dict[Any, dict[str, Any]]:

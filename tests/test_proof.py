@@ -157,6 +157,7 @@ def test_what_is_timed_later_is_put_on_the_scale_of_what_was_timed_before(tmp_pa
         "bertswin_fifth": 8.0,
     }
     count = len(timed)
+    assert count == 3  # the fifth has the settings of the tenth
     assert proof._seconds_per_epoch(str(tmp_path), tmp_path) == found
     assert len(timed) == count
 
