@@ -378,7 +378,13 @@ def _save_map(
 
 
 def save_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
-    """Write a NIfTI, whole or not at all."""
+    """Write a NIfTI, whole or not at all, into a folder that is there.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``; what is there is replaced.
+        voxels: ``(D, H, W)``, or ``(D, H, W, C)``.
+        affine: ``(4, 4)``, from voxels to mm.
+    """
     beside = path.with_name(f".{path.name}")
     nib.save(nib.Nifti1Image(voxels, affine), beside)
     beside.replace(path)

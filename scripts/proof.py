@@ -56,7 +56,7 @@ TUNED_EPOCHS = (
 )
 # What is fine-tuned, all by the same steps from the same grid of rates, and scored at the end alone.
 FINETUNING = {"feature_size": 8, "batch_size": 1, "iterations_per_epoch": 20, "val_interval": 1000}
-FINETUNING_RATES = (0.001, 0.003, 0.01, 0.03)
+FINETUNING_RATES = (0.003, 0.01, 0.03)
 SEGMENTATIONS: dict[str, tuple[str, ...]] = {
     "bertswin_strict": (),
     "random": (),
@@ -101,7 +101,11 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def last_weights(self) -> Path:
-        """Write the network of the last epoch, flat: unlike ``model.pt``, no validation volume has chosen it."""
+        """Write the network of the last epoch, flat, to ``last.pt``; that in ``model.pt`` is chosen by validation.
+
+        Raises:
+            ValueError: when there is no whole checkpoint.
+        """
         path = self.folder / "last.pt"
         if not path.exists():
             checkpoints.save(checkpoints.load(self.folder / "checkpoints" / "training_state.pt")["network"], path)

@@ -135,6 +135,9 @@ def fill_encoder(
         encoder: to fill.
         pretrained: what ``load`` reads.
         load: fills an encoder from a file, or says why not.
+
+    Raises:
+        ValueError: of ``load``.
     """
     return encoder if pretrained is None else load(encoder, pretrained)
 
