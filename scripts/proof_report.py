@@ -100,6 +100,10 @@ def report_convergence(
             for row in rows
         ),
         "",
+        "Epochs to what the ViT-MAE has reached along the way:",
+        "",
+        *_milestones(curves),
+        "",
         "Masked MSE on the held-out training volumes after the shorter trainings, by learning rate:",
         "",
         *_by_rate({(TITLES[name], rate): score for (name, rate), score in selection.items()}),
@@ -260,6 +264,23 @@ def _title(contestant: str) -> str:
 
 def _best_epoch(curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return min(curve, key=lambda record: record["val_mse"])
+
+
+def _milestones(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    peer = curves["vit_mae"]
+    parts = [
+        [record for record in peer if record["epoch"] <= share * peer[-1]["epoch"]] for share in (0.1, 0.2, 0.5, 1)
+    ]
+    levels = {part[-1]["epoch"]: _best_epoch(part)["val_mse"] for part in parts if part}
+    reached = {
+        name: [next((str(r["epoch"]) for r in curve if r["val_mse"] <= level), "never") for level in levels.values()]
+        for name, curve in curves.items()
+    }
+    return [
+        f"| masked MSE | {' | '.join(f'{level:.4f} (after {epoch} epochs)' for epoch, level in levels.items())} |",
+        f"|---|{'---|' * len(levels)}",
+        *(f"| {TITLES[name]} | {' | '.join(epochs)} |" for name, epochs in reached.items()),
+    ]
 
 
 def _by_rate(selection: Mapping[tuple[str, float], float]) -> list[str]:
