@@ -1,14 +1,16 @@
 """Promises of the experiments: every run once, with the knobs that its record names."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_KNOBS
 
-from scripts import proof
-from scripts.proof import PRETRAININGS, RATES, Run, execute
+from scripts import proof, proof_runs
+from scripts.proof import PRETRAININGS, RATES, Proof
 from scripts.proof_report import report_convergence, report_probes, report_scores
+from scripts.proof_runs import Run, execute
 
 
 @pytest.fixture
@@ -17,13 +19,24 @@ def run(cohort, tmp_path):
     return Run(tmp_path / "run", "training", ("train.yaml", "small.yaml"), knobs)
 
 
+@pytest.fixture
+def experiments(tmp_path):
+    """Experiments on forty volumes that are names alone."""
+    training = [{"image": f"{number}.nii.gz", "label": f"label_{number}.nii.gz"} for number in range(40)]
+    for item in training:
+        for path in item.values():
+            (tmp_path / path).touch()
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
+    return Proof(str(tmp_path), str(tmp_path / "out"), epochs=100)
+
+
 @pytest.mark.slow
 def test_a_run_is_done_once_and_another_in_its_place_is_refused(run, monkeypatch):
     execute([run], jobs=1)
     weights = torch.load(run.last_weights(), weights_only=True)
     assert any(name.startswith("encoder.stem") for name in weights)
     assert len(run.metrics()) == 1
-    monkeypatch.setattr(proof.subprocess, "run", None)
+    monkeypatch.setattr(proof_runs.subprocess, "run", None)
     execute([run], jobs=1)  # there already
     with pytest.raises(ValueError, match="holds a run with other knobs"):
         execute([Run(run.folder, run.workflow, run.configs, run.knobs | {"seed": 1})], jobs=1)
@@ -37,11 +50,12 @@ def test_a_run_that_fails_says_why_and_is_not_complete(run):
     assert json.loads(broken.record.read_text())["complete"] is False
 
 
-def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(tmp_path):
+def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(experiments, monkeypatch):
     best = {"bertswin": 0.0015, "vit_mae": 0.0005, "bertswin_tenth": 0.0045}
     scores = {(name, rate): abs(rate - best[name]) for name in best for rate in RATES}
     seconds = {"bertswin": 6.0, "bertswin_strict": 5.0, "vit_mae": 3.0}
-    runs = proof._pretrainings("data", tmp_path, 100, scores, seconds)
+    monkeypatch.setattr(experiments, "_seconds_per_epoch", lambda: seconds)
+    runs = experiments._pretrainings(PRETRAININGS, scores)
     chosen = {name: (run.knobs["learning_rate"], run.knobs["max_epochs"]) for name, run in runs.items()}
     assert chosen == {
         "bertswin": (0.0015, 100),
@@ -50,19 +64,13 @@ def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(tmp_path):
         "bertswin_tenth": (0.0045, 24),
         "bertswin_fifth": (0.0045, 49),
     }
-    assert runs.keys() == PRETRAININGS.keys()
 
 
-def test_training_volumes_are_divided_without_those_of_the_validation(tmp_path):
-    training = [{"image": f"{number}.nii.gz", "label": f"label_{number}.nii.gz"} for number in range(40)]
-    for item in training:
-        for path in item.values():
-            (tmp_path / path).touch()
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
-    inner = json.loads(proof._training_volumes_alone(str(tmp_path), tmp_path / "inner.json").read_text())
-    outer = proof.split_cases(proof.find_cases(str(tmp_path))["training"], 0.2)
-    named = {fold: {item["image"] for item in items} for fold, items in inner.items()}
-    assert named["training"] | named["validation"] == {item["image"] for item in outer["training"]}
+def test_training_volumes_are_divided_without_those_of_the_validation(experiments):
+    inner = json.loads(Path(experiments._training_volumes_alone()).read_text())
+    outer = {Path(case["image"]).name for case in experiments.folds["training"]}
+    named = {fold: {Path(item["image"]).name for item in items} for fold, items in inner.items()}
+    assert named["training"] | named["validation"] == outer
     assert not named["training"] & named["validation"]
     assert all("label" in item for item in inner["training"])
 
@@ -124,16 +132,39 @@ def test_probes_become_a_table_of_means(tmp_path):
     assert "| embeddings, neighbours | 0.400 ± 0.000 |" in table
 
 
-def test_contestants_differ_in_weights_and_in_what_follows_from_them(tmp_path):
+def test_contestants_differ_in_weights_and_in_what_follows_from_them(experiments, tmp_path):
     def knobs(name, freeze):
         weights = {"bertswin_strict": tmp_path / "w.pt"}
-        return proof._finetuning(tmp_path, name, freeze, 0.01, weights, {"dataset_dir": "data", "seed": 1}).knobs
+        return experiments._finetuning("run", name, freeze, 0.01, weights, {"seed": 1}).knobs
+
+    def differing(first, second):
+        return {name for name in first if first[name] != second[name]}
 
     pretrained, random = knobs("bertswin_strict", 4), knobs("random", 0)
-    differing = {name for name in pretrained | random if pretrained.get(name) != random.get(name)}
-    assert differing == {"pretrained", "encoder_learning_rate", "freeze_epochs"}
+    assert differing(pretrained, random) == {"pretrained", "encoder_learning_rate", "freeze_epochs"}
     assert (pretrained["encoder_learning_rate"], random["encoder_learning_rate"]) == (0.001, 0.01)
-    assert {name for name in pretrained if pretrained[name] != knobs("random", 4).get(name)} == {"pretrained"}
+    assert differing(pretrained, knobs("random", 4)) == {"pretrained"}
+
+
+def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(
+        experiments, "_encoders", lambda: dict.fromkeys(["bertswin_strict", "untuned", "vit_mae"], tmp_path)
+    )
+    for module in (proof, proof_runs):
+        monkeypatch.setattr(module, "execute", lambda runs, jobs: done.extend(runs))
+    metrics = {"val_dice": 0.5, "val_hausdorff": 1.0, "r2": 0.1, "embedding": {"linear": 0.2, "neighbours": 0.3}}
+    monkeypatch.setattr(Run, "metrics", lambda run: [metrics])
+    monkeypatch.setattr(proof.json, "loads", lambda text: metrics)
+    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    counts = {}
+    for command in ("segmentation", "tuning", "probing"):
+        getattr(experiments, command)()
+        counts[command] = len({run.folder for run in done if run.folder.parent.name == command})
+    assert counts == {"segmentation": 5 * 9, "tuning": 4 * 9, "probing": 3 * 9}
+    frozen = [run.knobs for run in done if run.folder.parent.name == "tuning"]
+    assert all(knobs["freeze_epochs"] == knobs["max_epochs"] for knobs in frozen)
+    assert {knobs["num_train_cases"] for knobs in frozen} == {5, 20, None}
 
 
 def test_the_best_way_on_the_held_out_volumes_is_chosen_for_each():
@@ -141,9 +172,10 @@ def test_the_best_way_on_the_held_out_volumes_is_chosen_for_each():
     assert (proof._best(scores, "random"), proof._best(scores, "unet")) == ((4, 0.01), (0, 0.03))
 
 
-def test_what_is_timed_later_is_put_on_the_scale_of_what_was_timed_before(tmp_path, monkeypatch):
-    seconds = json.dumps({"dataset_dir": str(tmp_path), "seconds": {"bertswin": 6.0, "vit_mae": 5.0}})
-    (tmp_path / "seconds.json").write_text(seconds)
+def test_what_is_timed_later_is_put_on_the_scale_of_what_was_timed_before(experiments, monkeypatch):
+    seconds = {"dataset_dir": experiments.dataset_dir, "seconds": {"bertswin": 6.0, "vit_mae": 5.0}}
+    experiments.folder.mkdir()
+    (experiments.folder / "seconds.json").write_text(json.dumps(seconds))
     timed = []
 
     def time_training(files, epochs, **knobs):
@@ -151,26 +183,20 @@ def test_what_is_timed_later_is_put_on_the_scale_of_what_was_timed_before(tmp_pa
         return None, torch.tensor([1.0]), torch.tensor([3.0 if "batch_size" in knobs else 2.0])
 
     monkeypatch.setattr(proof, "time_training", time_training)
-    found = proof._seconds_per_epoch(str(tmp_path), tmp_path, rounds=1)
-    assert found == {
-        "bertswin": 6.0,
-        "vit_mae": 5.0,
-        "bertswin_strict": 6.0,
-        "bertswin_tenth": 8.0,
-        "bertswin_fifth": 8.0,
-    }
-    count = len(timed)
-    assert count == 3  # the fifth has the settings of the tenth
-    assert proof._seconds_per_epoch(str(tmp_path), tmp_path) == found
-    assert len(timed) == count
+    found = experiments._seconds_per_epoch(rounds=1)
+    late = {"bertswin_strict": 6.0, "bertswin_tenth": 8.0, "bertswin_fifth": 8.0}
+    assert found == {"bertswin": 6.0, "vit_mae": 5.0} | late
+    assert len(timed) == 3  # the fifth has the settings of the tenth
+    assert experiments._seconds_per_epoch() == found
+    assert len(timed) == 3
 
 
 def test_a_run_that_was_stopped_is_not_complete(run, monkeypatch):
     def stopped(*arguments, **keywords):
         (run.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
-        return proof.subprocess.CompletedProcess([], 0, stdout="")
+        return proof_runs.subprocess.CompletedProcess([], 0, stdout="")
 
-    monkeypatch.setattr(proof.subprocess, "run", stopped)
+    monkeypatch.setattr(proof_runs.subprocess, "run", stopped)
     longer = Run(run.folder, run.workflow, run.configs, run.knobs | {"max_epochs": 2})
     with pytest.raises(ValueError, match="stopped before its end"):
         longer.execute(1)
@@ -179,9 +205,9 @@ def test_a_run_that_was_stopped_is_not_complete(run, monkeypatch):
 
 @pytest.mark.parametrize(("given", "read"), [(5, [5]), ("all", [None]), (None, [None]), ((5, "all"), [5, None])])
 def test_numbers_of_labels_are_read_as_they_stand_in_the_tables(given, read):
-    assert proof._sequence(given) == read
+    assert proof._numbers(given) == read
 
 
 def test_other_numbers_of_labels_are_refused():
     with pytest.raises(ValueError, match="whole numbers, or all"):
-        proof._sequence("few")
+        proof._numbers("few")
