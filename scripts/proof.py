@@ -130,13 +130,13 @@ class Proof:
         """Fine-tune to segment, with few labels and with many: pre-trained encoders and networks from scratch.
 
         All learn from the same cases by the same number of steps, each at the rate of a grid that does best on a fifth
-        of the *training* cases after learning from 20 of the others. Pre-trained encoders are frozen at first and then
-        learn at a tenth of the decoder's rate; with random weights that is one candidate, to learn as a whole another.
-        The last epoch is scored, on the validation cases, and the encoders are those of the last epoch of their
-        pre-training: nothing is chosen by the validation cases.
+        of the *training* cases after learning from 20 of the others; the two best are tried with a second seed.
+        Pre-trained encoders are frozen at first and then learn at a tenth of the decoder's rate; with random weights
+        that is one candidate, to learn as a whole another. The last epoch is scored, on the validation cases, and the
+        encoders are those of the last epoch of their pre-training: nothing is chosen by the validation cases.
         """
         encoders = self._encoders()
-        found = self._finetuning_selection(SEGMENTATIONS, encoders)
+        found = self._finetuning_selection(list(SEGMENTATIONS), encoders)
         runs = {
             (name, most, seed): self._finetuning(
                 f"segmentation/{name}_{most or 'all'}_{seed}",
@@ -309,19 +309,30 @@ class Proof:
         return {"bertswin_strict": tuned.last_weights(), "untuned": untuned, "vit_mae": runs["vit_mae"].last_weights()}
 
     def _finetuning_selection(
-        self, names: Iterable[str], encoders: Mapping[str, Path]
-    ) -> dict[tuple[str, int, float], float]:
-        """Learn from 20 training cases in every way, and score on others of them: Dice by name, freeze and rate."""
-        settings = {"dataset_dir": self._training_volumes_alone(), "num_train_cases": 20, "seed": 0}
-        candidates = {
-            (name, freeze, rate): self._finetuning(
-                f"segmentation_selection/{name}_{freeze}_{rate:g}", name, freeze, rate, encoders, settings
-            )
-            for name in names
-            for freeze in FREEZES[name]
-            for rate in FINETUNING_RATES
-        }
-        return {key: last["val_dice"] for key, last in last_metrics(candidates, self.jobs).items()}
+        self, names: Sequence[str], encoders: Mapping[str, Path]
+    ) -> dict[tuple[str, int, float], list[float]]:
+        """Learn from 20 training cases in every way, and score on others of them: Dice by name, freeze and rate.
+
+        The two best ways of each go into a second round, with a seed of its own: one alone may have been lucky.
+        """
+        settings = {"dataset_dir": self._training_volumes_alone(), "num_train_cases": 20}
+        ways = [(name, freeze, rate) for name in names for freeze in FREEZES[name] for rate in FINETUNING_RATES]
+        found: dict[tuple[str, int, float], list[float]] = {way: [] for way in ways}
+        for seed in (0, 1):
+            runs = {
+                way: self._finetuning(
+                    f"segmentation_selection/{way[0]}_{way[1]}_{way[2]:g}_{seed}",
+                    *way,
+                    encoders,
+                    settings | {"seed": seed},
+                )
+                for way in ways
+            }
+            for way, last in last_metrics(runs, self.jobs).items():
+                found[way].append(last["val_dice"])
+            ranked = sorted(found, key=found.__getitem__, reverse=True)
+            ways = [way for name in names for way in [way for way in ranked if way[0] == name][:2]]
+        return found
 
     def _finetuning(
         self,
@@ -382,9 +393,9 @@ class Proof:
         return str(path)
 
 
-def _best(scores: Mapping[tuple[str, int, float], float], name: str) -> tuple[int, float]:
-    """Say how long to freeze, and at which rate to learn."""
-    return max((score, *key[1:]) for key, score in scores.items() if key[0] == name)[1:]
+def _best(scores: Mapping[tuple[str, int, float], Sequence[float]], name: str) -> tuple[int, float]:
+    """Say how long to freeze, and at which rate to learn: of those that went furthest, the best on average."""
+    return max((len(dice), statistics.mean(dice), *way[1:]) for way, dice in scores.items() if way[0] == name)[2:]
 
 
 def _first_like(name: str) -> str:

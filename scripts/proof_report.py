@@ -106,7 +106,7 @@ def report_convergence(
         "",
         "Masked MSE on the held-out training volumes after the shorter trainings, by learning rate:",
         "",
-        *_by_rate({(TITLES[name], rate): score for (name, rate), score in selection.items()}),
+        *_by_rate({(TITLES[name], rate): [score] for (name, rate), score in selection.items()}),
     ]
     _write(folder, "convergence", {"rows": rows, "curves": curves}, lines)
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
@@ -136,7 +136,7 @@ def report_scores(
     contestants: Sequence[str],
     num_labelled: Sequence[int | None],
     seeds: Sequence[int],
-    selection: Mapping[tuple[str, int, float], float] | None = None,
+    selection: Mapping[tuple[str, int, float], Sequence[float]] | None = None,
 ) -> None:
     """Write mean and deviation over the seeds to ``<name>.json``, as a table to ``.md``, and as a figure to ``.png``.
 
@@ -147,7 +147,7 @@ def report_scores(
         contestants: in the order of the rows.
         num_labelled: in the order of the columns.
         seeds: that are averaged.
-        selection: Dice that chose the rates, by contestant, epochs frozen and rate.
+        selection: Dice that chose the rates, of one or more seeds, by contestant, epochs frozen and rate.
     """
     rows = []
     for contestant in contestants:
@@ -179,7 +179,12 @@ def report_scores(
             (f"{_title(name)}{', frozen at first' if freeze else ''}", rate): score
             for (name, freeze, rate), score in selection.items()
         }
-        lines += ["", "Dice on the held-out training volumes, by learning rate:", "", *_by_rate(by_way)]
+        lines += [
+            "",
+            "Dice on the held-out training volumes, by learning rate (with a second seed where there are two figures):",
+            "",
+            *_by_rate(by_way),
+        ]
     _write(folder, name, {"rows": rows}, lines)
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     width = 0.8 / len(contestants)
@@ -283,10 +288,14 @@ def _milestones(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
 
 
-def _by_rate(selection: Mapping[tuple[str, float], float]) -> list[str]:
+def _by_rate(selection: Mapping[tuple[str, float], Sequence[float]]) -> list[str]:
     titles, rates = (list(dict.fromkeys(key[place] for key in selection)) for place in (0, 1))
+
+    def cell(title: str, rate: float) -> str:
+        return ", ".join(f"{score:.4f}" for score in selection[title, rate])
+
     return [
         f"| learning rate | {' | '.join(f'{rate:g}' for rate in rates)} |",
         f"|---|{'---|' * len(rates)}",
-        *(f"| {title} | {' | '.join(f'{selection[title, rate]:.4f}' for rate in rates)} |" for title in titles),
+        *(f"| {title} | {' | '.join(cell(title, rate) for rate in rates)} |" for title in titles),
     ]
