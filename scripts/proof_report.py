@@ -16,11 +16,11 @@ from matplotlib import pyplot as plt
 __all__ = ["report_convergence", "report_probes", "report_scores"]
 
 TITLES = {
-    "bertswin": "BertsWin",
-    "bertswin_strict": "BertsWin, strict stem",
-    "bertswin_fifth": "BertsWin, strict stem, a fifth of the epochs, batch 1",
-    "bertswin_tenth": "BertsWin, strict stem, a tenth of the epochs, batch 1",
+    "bertswin": "BertsWin, default stem",
+    "bertswin_strict": "BertsWin",
     "vit_mae": "MONAI ViT-MAE",
+    "bertswin_fifth": "BertsWin, a fifth of the epochs, batch 1",
+    "bertswin_tenth": "BertsWin, a tenth of the epochs, batch 1",
     "random": "BertsWin, random weights",
     "unetr": "MONAI UNETR, from scratch",
     "unet": "MONAI U-Net, from scratch",
@@ -30,7 +30,7 @@ PRETRAINED_TITLES = {"bertswin_strict": "BertsWin, pre-trained and tuned", "vit_
 COLOURS = dict(
     zip(
         TITLES,
-        ("tab:blue", "tab:cyan", "navy", "violet", "tab:orange", "tab:grey", "tab:red", "tab:green"),
+        ("tab:cyan", "tab:blue", "tab:orange", "navy", "violet", "tab:grey", "tab:red", "tab:green"),
         strict=True,
     )
 )
