@@ -241,7 +241,7 @@ def report_probes(
         f"|---|---|{'---|' * len(titles)}",
         *(
             f"| {_title(row['contestant'])} | {row['probe']} "
-            f"| {' | '.join(f'{statistics.mean(r2):.3f} ± {_spread(r2):.3f}' for r2 in row['r2_by_seed'])} |"
+            f"| {' | '.join(_mean_and_spread(r2) for r2 in row['r2_by_seed'])} |"
             for row in rows
         ),
     ]
@@ -253,6 +253,11 @@ def _write(folder: Path, name: str, report: dict[str, Any], lines: Sequence[str]
     table = "\n".join(lines)
     (folder / f"{name}.md").write_text(table + "\n")
     print(f"{table}\n\nwrote {folder / name}.md")
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {_spread(values):.3f}" if len(values) > 1 else mean
 
 
 def _spread(values: Sequence[float]) -> float:
