@@ -259,12 +259,12 @@ class Proof:
 
     def _selection(self, names: Iterable[str]) -> dict[tuple[str, float], float]:
         """Train at every rate on a part of the training volumes, and score on the rest of them."""
-        candidates = {}
+        candidates, inner = {}, self._training_volumes_alone()
         for name in names:
             configs, knobs = PRETRAININGS[name]
             # A short schedule wants a rate of its own. This is about a tenth of the ViT-MAE's, not known yet.
             length = max(1, self.epochs // 9) if name in ONE_IN else self.selection_epochs
-            settings = {"dataset_dir": self._training_volumes_alone(), "max_epochs": length, "val_interval": length}
+            settings = {"dataset_dir": inner, "max_epochs": length, "val_interval": length}
             for rate in RATES:
                 candidates[name, rate] = Run(
                     self.folder / "selection" / f"{name}_{rate:g}",
