@@ -1,12 +1,19 @@
-"""BertsWinMAE: 3D masked auto-encoder pre-training for medical volumes, as a MONAI bundle."""
+"""BertsWinMAE: 3D masked autoencoder pre-training for medical volumes, as a MONAI bundle."""
 
 import monai.networks.nets
 
-from .bertswin_mae import BertsWinMAE, ConvDecoder, bertswin_mae_base_patch16_224, bertswin_mae_small_patch8_48x64x48
 from .data import list_cases
-from .encoder import BertsWinEncoder
-from .masking import patchify, random_masking, unpatchify
-from .pretrained import bundle_root, pretrained_encoder
+from .networks import (
+    BertsWinEncoder,
+    BertsWinMAE,
+    ConvDecoder,
+    bertswin_mae_base_patch16_224,
+    bertswin_mae_small_patch8_48x64x48,
+    patchify,
+    random_masking,
+    unpatchify,
+)
+from .weights import bundle_root, pretrained_encoder
 
 __all__ = [
     "BertsWinEncoder",

@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +21,8 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
-from .data import causes, reason
-from .engine import NonFiniteLossError
-from .resuming import TRAINING_STATE
+from .handlers.resuming import TRAINING_STATE
+from .mistakes import Mistake, causes, reason
 
 __all__ = ["check_device", "check_knobs", "check_output", "show_mistakes_kindly"]
 
@@ -61,7 +59,7 @@ def check_knobs(
         optional: knobs that may be null although the config gives them a value.
 
     Raises:
-        ValueError: for a name that neither the config nor anything in the run knows, with the nearest valid one; for
+        Mistake: for a name that neither the config nor anything in the run knows, with the nearest valid one; for
             a value of another type; for one that is not among the choices, or too small.
     """
     show_mistakes_kindly()
@@ -82,20 +80,20 @@ def check_knobs(
                 parser[name] = checked
         elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, Path(config_file)):
             near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
-            raise ValueError(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {config_file}")
+            raise Mistake(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {config_file}")
 
 
 def check_device(device: str | torch.device) -> None:
     """Refuse a device that is not there, before anything is read.
 
     Raises:
-        ValueError: naming one that is.
+        Mistake: naming one that is.
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         here = "cuda" if torch.cuda.is_available() else "cpu"
-        raise ValueError(f"device {device} cannot be used ({reason(error)}); --device {here} would do") from error
+        raise Mistake(f"device {device} cannot be used ({reason(error)}); --device {here} would do") from error
 
 
 def check_output(folders: Sequence[str | Path], resume: bool | None = None) -> None:
@@ -106,16 +104,16 @@ def check_output(folders: Sequence[str | Path], resume: bool | None = None) -> N
         resume: of a training run: whether it is to continue the one that left its state there.
 
     Raises:
-        ValueError: saying which folder, and what would do.
+        Mistake: saying which folder, and what would do.
     """
     for folder in map(Path, folders):
         if folder.parts[:1] == ("~",):
-            raise ValueError(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
+            raise Mistake(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"{folder} cannot be written to ({there} is no folder, or not yours): choose another one")
+            raise Mistake(f"{folder} cannot be written to ({there} is no folder, or not yours): choose another one")
         if resume is False and (state := folder / TRAINING_STATE).exists():
-            raise ValueError(
+            raise Mistake(
                 f"{state} is left from an earlier run: continue it with --resume true, or choose another --output_dir"
             )
 
@@ -129,7 +127,7 @@ def show_mistakes_kindly() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        mistake = next((cause for cause in causes(error) if _is_users(cause)), None)
+        mistake = next((cause for cause in causes(error) if isinstance(cause, Mistake)), None)
         full = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in FULL), None)
         if full is not None:
             print(
@@ -150,13 +148,6 @@ def show_mistakes_kindly() -> None:
             atexit.register(os._exit, 1)
 
     sys.excepthook = hook
-
-
-def _is_users(error: BaseException) -> bool:
-    """Tell whether an error was raised by this package's own checks."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and Path(frames[-1].filename).parent == Path(__file__).parent
-    return ours and isinstance(error, ValueError | NonFiniteLossError)
 
 
 def _calling_parser() -> ConfigParser:
@@ -192,9 +183,9 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     if is_numbers and isinstance(value, list | tuple):
         fits = len(value) == len(default) or name in FREE_LENGTH
         if not fits or not all(_is_a(type(default[0]), entry) or _is_expression(entry) for entry in value):
-            raise ValueError(f"{name} is {list(value)} but must be a list like {default}")
+            raise Mistake(f"{name} is {list(value)} but must be a list like {default}")
     elif (is_numbers or type(default) in (bool, int, float)) and not _is_a(type(default), value):
-        raise ValueError(f"{name} is {value!r} but must be of type {type(default).__name__}, for example {default!r}")
+        raise Mistake(f"{name} is {value!r} but must be of type {type(default).__name__}, for example {default!r}")
     return value
 
 
@@ -206,13 +197,13 @@ def _is_a(kind: type, value: Any) -> bool:
 
 def _check_value(name: str, value: Any, valid: list[Any] | None, minimum: float | None, maximum: float | None) -> None:
     if minimum is not None and value is not None and value < minimum:
-        raise ValueError(f"{name} is {value} but must be at least {minimum}")
+        raise Mistake(f"{name} is {value} but must be at least {minimum}")
     if maximum is not None and value is not None and value > maximum:
-        raise ValueError(f"{name} is {value} but must be at most {maximum}")
+        raise Mistake(f"{name} is {value} but must be at most {maximum}")
     for entry in value if isinstance(value, list | tuple) else [value]:
         if valid is not None and entry not in valid:
             near = difflib.get_close_matches(str(entry), [str(choice) for choice in valid], n=1, cutoff=0)
-            raise ValueError(f"{name} is {entry!r} but must be one of {valid}: did you mean {near[0]}?")
+            raise Mistake(f"{name} is {entry!r} but must be one of {valid}: did you mean {near[0]}?")
 
 
 def _is_of_an_overlay(name: str, value: Any, config_file: Path) -> bool:

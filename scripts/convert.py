@@ -18,8 +18,10 @@ import fire
 from monai.bundle import ConfigParser
 from torch import Tensor
 
-from . import checkpoints
-from .bertswin_mae import BertsWinMAE
+from . import weights
+from .mistakes import Mistake
+from .networks.bertswin_mae import BertsWinMAE
+from .weights import checkpoints
 
 __all__ = ["from_authors", "to_authors", "widen"]
 
@@ -48,13 +50,13 @@ def from_authors(source: str, target: str, config_file: str | Sequence[str] = CO
         knobs: of the network, over those of the configs, such as ``--strict_stem True``.
 
     Raises:
-        ValueError: with the account, when anything is missing, left over or of another shape.
+        Mistake: with the account, when anything is missing, left over or of another shape.
     """
     content = checkpoints.load(source)
     if not isinstance(content, dict):
-        raise ValueError(f"{source} holds a {type(content).__name__}, not weights by name")
-    weights = checkpoints.convert_reference_state_dict(content.get("model_state_dict", content))
-    network = _filled(_network(config_file, knobs), weights, source)
+        raise Mistake(f"{source} holds a {type(content).__name__}, not weights by name")
+    converted = weights.convert_reference_state_dict(content.get("model_state_dict", content))
+    network = _filled(_network(config_file, knobs), converted, source)
     checkpoints.save(network.state_dict(), target)
     print(f"wrote {target}")
 
@@ -69,10 +71,10 @@ def to_authors(source: str, target: str, config_file: str | Sequence[str] = CONF
         knobs: of the network, over those of the configs, such as ``--strict_stem True``.
 
     Raises:
-        ValueError: with the account, when anything is missing, left over or of another shape.
+        Mistake: with the account, when anything is missing, left over or of another shape.
     """
-    network = _filled(_network(config_file, knobs), checkpoints.load_state_dict(source), source)
-    checkpoints.save({"model_state_dict": checkpoints.to_reference_state_dict(network)}, target)
+    network = _filled(_network(config_file, knobs), weights.load_state_dict(source), source)
+    checkpoints.save({"model_state_dict": weights.to_reference_state_dict(network)}, target)
     print(f"wrote {target}")
 
 
@@ -88,25 +90,25 @@ def widen(source: str, target: str, in_chans: int, spread: str) -> None:
             decoder rebuilds every channel as it did the one.
 
     Raises:
-        ValueError: for another ``spread``, or weights that are not of one channel.
+        Mistake: for another ``spread``, or weights that are not of one channel.
     """
-    checkpoints.save(checkpoints.widen(checkpoints.load_state_dict(source), in_chans, spread), target)
+    checkpoints.save(weights.widen(weights.load_state_dict(source), in_chans, spread), target)
     print(f"wrote {target}: {in_chans} channels, spread by {spread}")
 
 
-def _filled(network: BertsWinMAE, weights: Mapping[str, Tensor], source: str) -> BertsWinMAE:
+def _filled(network: BertsWinMAE, state_dict: Mapping[str, Tensor], source: str) -> BertsWinMAE:
     """Account for every tensor, and load them all or none."""
-    print(checkpoints.compare(network.state_dict(), weights).account())
-    checkpoints.load_network(network, weights, source)
+    print(weights.compare(network.state_dict(), state_dict).account())
+    weights.load_network(network, state_dict, source)
     return network
 
 
 def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> BertsWinMAE:
     files = [config_file] if isinstance(config_file, str) else list(config_file)
     if missing := [file for file in files if not Path(file).is_file()]:
-        raise ValueError(f"there is no config at {missing[0]}")
+        raise Mistake(f"there is no config at {missing[0]}")
     if unknown := overrides.keys() - NETWORK_KNOBS:
-        raise ValueError(f"there is no knob {min(unknown)} of the network: it has {', '.join(NETWORK_KNOBS)}")
+        raise Mistake(f"there is no knob {min(unknown)} of the network: it has {', '.join(NETWORK_KNOBS)}")
     knobs = ConfigParser.load_config_files(files) | overrides
     settings = {argument: knobs[knob] for knob, argument in NETWORK_KNOBS.items() if knob in knobs}
     for name in ("encoder_depths", "encoder_num_heads"):
@@ -117,5 +119,5 @@ def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> Ber
 if __name__ == "__main__":
     try:
         fire.Fire({"from_authors": from_authors, "to_authors": to_authors, "widen": widen})
-    except ValueError as error:
+    except Mistake as error:
         sys.exit(f"error: {error}")

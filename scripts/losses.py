@@ -9,23 +9,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from ignite.metrics import Metric
-from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
-from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .masking import patchify, unpatchify
+from .mistakes import Mistake
+from .networks.patches import patchify, unpatchify
 
-__all__ = [
-    "MaskedL2Loss",
-    "MaskedLoss",
-    "MaskedLossMetrics",
-    "StructuralLoss",
-    "SumOfLosses",
-    "TissueWeightedLoss",
-    "choose_loss",
-]
+__all__ = ["MaskedL2Loss", "MaskedLoss", "StructuralLoss", "SumOfLosses", "TissueWeightedLoss", "choose_loss"]
 
 
 class MaskedLoss(nn.Module, ABC):
@@ -134,7 +124,7 @@ class StructuralLoss(MaskedLoss):
             MR window.
 
     Raises:
-        ValueError: when the sub-patches do not fill a patch.
+        Mistake: when the sub-patches do not fill a patch.
     """
 
     def __init__(
@@ -147,7 +137,7 @@ class StructuralLoss(MaskedLoss):
     ) -> None:
         super().__init__(weights or {"brightness": 0.3, "contrast": 0.2, "structure": 0.5})
         if sub_patch_size < 1 or patch_size % sub_patch_size:
-            raise ValueError(
+            raise Mistake(
                 f"sub_patch_size {sub_patch_size} must divide patch_size {patch_size}, for example "
                 f"{max(size for size in range(1, patch_size + 1) if patch_size % size == 0 and size <= 8)}"
             )
@@ -201,7 +191,7 @@ class TissueWeightedLoss(MaskedLoss):
         dilation: voxels that it reaches out of it.
 
     Raises:
-        ValueError: when the scale is not one of Hounsfield units.
+        Mistake: when the scale is not one of Hounsfield units.
     """
 
     def __init__(
@@ -218,7 +208,7 @@ class TissueWeightedLoss(MaskedLoss):
     ) -> None:
         super().__init__(weights or {"all_tissue": 0.3, "soft_tissue": 0.5, "bone_surface": 0.2})
         if hu_scale is None or hu_offset is None:
-            raise ValueError("the loss 'tissue' tells tissues by Hounsfield units: it needs --modality ct")
+            raise Mistake("the loss 'tissue' tells tissues by Hounsfield units: it needs --modality ct")
         self.structural, self.hu_scale, self.hu_offset = structural, hu_scale, hu_offset
         self.grid_size = tuple(side // structural.patch_size for side in img_size)
         self.soft_tissue, self.bone, self.erosion, self.dilation = soft_tissue, bone, erosion, dilation
@@ -249,17 +239,17 @@ class SumOfLosses(nn.Module):
     Args:
         losses: by name. Their components are reported as ``<loss>_<component>``, or by the loss's name where it has
             one only.
-        per: what counts as a task of its own for a :class:`~bertswin_mae.optimizers.GradientConductor`:
+        per: what counts as a task of its own for a :class:`~bertswin_mae.engines.GradientConductor`:
             ``component`` or ``loss``.
 
     Raises:
-        ValueError: for another ``per``.
+        Mistake: for another ``per``.
     """
 
     def __init__(self, losses: Mapping[str, MaskedLoss], per: str = "component") -> None:
         super().__init__()
         if per not in ("component", "loss"):
-            raise ValueError(f"per {per!r} must be 'component' or 'loss'")
+            raise Mistake(f"per {per!r} must be 'component' or 'loss'")
         self.losses, self.per = nn.ModuleDict(losses), per
 
     @property
@@ -297,48 +287,6 @@ class SumOfLosses(nn.Module):
         return part if len(self.losses) == 1 else f"{loss}_{part}"
 
 
-class MaskedLossMetrics(Metric):
-    """A masked loss and its components over the validation set, each over all of its hidden patches together.
-
-    Index the metric by ``loss`` or a component's name to attach one.
-
-    Args:
-        loss: what is measured.
-    """
-
-    def __init__(self, loss: SumOfLosses) -> None:
-        self.loss = loss
-        super().__init__(output_transform=lambda output: (output[Keys.LABEL], output[Keys.PRED]))
-
-    def by_name(self, total: str, prefix: str = "val_") -> dict[str, Metric]:
-        """Return one metric for the loss, called ``total``, and one a component, where there are several."""
-        parts = self.loss.weights if len(self.loss.weights) > 1 else ()
-        return {f"{prefix}{total}": self["loss"]} | {f"{prefix}{name}": self[name] for name in parts}
-
-    @reinit__is_reduced
-    def reset(self) -> None:
-        """Start a new epoch."""
-        self._sums = torch.zeros(2, len(self.loss.weights), dtype=torch.float64)  # patches, and the sum of their errors
-
-    @reinit__is_reduced
-    def update(self, output: tuple[Tensor, dict[str, Tensor]]) -> None:
-        """Add one batch: the target patches and the network's output."""
-        target, prediction = output
-        self.loss(prediction, target)
-        counts, means = (
-            torch.stack(list(values.values())).double().cpu()
-            for values in (self.loss.last_counts, self.loss.last_components)
-        )
-        self._sums += torch.stack([counts, counts * means])
-
-    @sync_all_reduce("_sums")
-    def compute(self) -> dict[str, float]:
-        """Return the figures by name."""
-        means = (self._sums[1] / self._sums[0].clamp(min=1)).tolist()
-        parts = dict(zip(self.loss.weights, means, strict=True))
-        return {"loss": sum(weight * parts[name] for name, weight in self.loss.weights.items()), **parts}
-
-
 def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "component") -> SumOfLosses:
     """Pick a loss by its name, or add several up.
 
@@ -348,18 +296,18 @@ def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "com
         tasks: see ``per`` of :class:`SumOfLosses`.
 
     Raises:
-        ValueError: for a name that is not there, with the nearest one that is; for a normalised target among others.
+        Mistake: for a name that is not there, with the nearest one that is; for a normalised target among others.
     """
     names = [name.strip() for name in str(chosen).split("+")]
     for name in names:
         if name not in losses:
             near = difflib.get_close_matches(name, losses, n=1, cutoff=0)
-            raise ValueError(
+            raise Mistake(
                 f"loss {name!r} must be one of {list(losses)}, or several such as {'+'.join(list(losses)[:2])}: did "
                 f"you mean {near[0]}?"
             )
     if len(names) > 1 and any(getattr(losses[name], "normalise_target", False) for name in names):
-        raise ValueError(f"loss {chosen!r}: a normalised target is on another scale than the others', choose it alone")
+        raise Mistake(f"loss {chosen!r}: a normalised target is on another scale than the others', choose it alone")
     return SumOfLosses({name: losses[name] for name in names}, tasks)
 
 

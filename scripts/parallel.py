@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+from .mistakes import Mistake
+
 __all__ = [
     "any_rank",
     "check_started",
@@ -62,10 +64,10 @@ def start(device: str | torch.device, timeout: float = 60) -> None:
         timeout: minutes that one waits for the others before it gives up.
 
     Raises:
-        ValueError: when this process was not started by torchrun.
+        Mistake: when this process was not started by torchrun.
     """
     if "RANK" not in os.environ:
-        raise ValueError(
+        raise Mistake(
             "multi_gpu.yaml runs under torchrun: torchrun --nproc_per_node=2 -m monai.bundle run …; for one process "
             "leave it out of --config_file"
         )
@@ -73,7 +75,7 @@ def start(device: str | torch.device, timeout: float = 60) -> None:
     if device.type == "cuda":
         expected = f"cuda:{os.environ['LOCAL_RANK']}"
         if str(device) != expected:
-            raise ValueError(
+            raise Mistake(
                 f"device {device} of local rank {os.environ['LOCAL_RANK']} must be {expected}: leave --device out"
             )
         torch.cuda.set_device(device)
@@ -86,10 +88,10 @@ def check_started() -> None:
     """Refuse to be one of several processes that torchrun started and that know nothing of each other.
 
     Raises:
-        ValueError: saying what joins them.
+        Mistake: saying what joins them.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        raise ValueError(
+        raise Mistake(
             "torchrun started several processes that know nothing of each other: for a training put "
             "configs/multi_gpu.yaml behind the other configs, for anything else start one"
         )
@@ -129,11 +131,11 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
         What to train: a wrapper, or the network itself.
 
     Raises:
-        ValueError: for another ``mode``.
+        Mistake: for another ``mode``.
     """
     device = torch.device(device)
     if mode == "none":
-        raise ValueError("this workflow runs in one process: start it without torchrun, and without multi_gpu.yaml")
+        raise Mistake("this workflow runs in one process: start it without torchrun, and without multi_gpu.yaml")
     if mode == "ddp":
         # Said of a transposed convolution's weight, whose one input channel has no stride to speak of.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -151,7 +153,7 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
             if isinstance(module, SwinTransformerBlock):
                 fully_shard(module, mesh=mesh)
         return fully_shard(network, mesh=mesh)
-    raise ValueError(f"parallel {mode!r} must be 'ddp' or 'fsdp'")
+    raise Mistake(f"parallel {mode!r} must be 'ddp' or 'fsdp'")
 
 
 def whole(state: Any) -> Any:

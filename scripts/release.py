@@ -26,7 +26,8 @@ import fire
 import torch
 import yaml
 
-from . import checkpoints
+from .mistakes import Mistake
+from .weights import checkpoints
 
 __all__ = ["build", "check", "hugging_face", "large_files"]
 
@@ -37,12 +38,11 @@ NAME = "bertswin_mae"
 PUBLISHED = (
     *(
         "configs/*.yaml",
-        "configs/peers/*.yaml",
         "configs/inference.json",
         "configs/metadata.json",
         "configs/logging.conf",
     ),
-    *("docs/*.md", "docs/data_license.txt", "docs/figures/*.png", "models/*.pt", "scripts/*.py"),
+    *("docs/*.md", "docs/data_license.txt", "docs/figures/*.png", "models/*.pt", "scripts/*.py", "scripts/*/*.py"),
     *("CITATION.cff", "LICENSE", "README.md", "large_files.yml", "pyproject.toml", "requirements.txt", "setup.py"),
 )
 CONTENTS = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in PUBLISHED))
@@ -61,7 +61,7 @@ def build(output_dir: str = "dist", schema: str | None = None, revision: str = "
         The zip's path.
 
     Raises:
-        ValueError: when anything is wrong with the tree; nothing is left then.
+        Mistake: when anything is wrong with the tree; nothing is left then.
     """
     elsewhere = [
         f"?? {entry['path']}" for entry in yaml.safe_load(_git("show", f"{revision}:large_files.yml"))["large_files"]
@@ -69,7 +69,7 @@ def build(output_dir: str = "dist", schema: str | None = None, revision: str = "
     changed = _git("status", "--porcelain", "--untracked-files=all", "--", *CONTENTS).splitlines()
     if revision == "HEAD" and (changed := [line for line in changed if line not in elsewhere]):
         listing = "\n".join(changed)
-        raise ValueError(f"what is published is what is committed, but these are not:\n{listing}")
+        raise Mistake(f"what is published is what is committed, but these are not:\n{listing}")
     metadata = json.loads(_git("show", f"{revision}:configs/metadata.json"))
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,10 +92,10 @@ def check(archive: str, schema: str | None = None) -> None:
         schema: see :func:`build`.
 
     Raises:
-        ValueError: naming what is wrong.
+        Mistake: naming what is wrong.
     """
     if schema and not Path(schema).is_file():
-        raise ValueError(f"there is no file {schema}")
+        raise Mistake(f"there is no file {schema}")
     with tempfile.TemporaryDirectory() as place:
         root = _unpack(archive, Path(place))
         if schema:
@@ -116,16 +116,16 @@ def large_files(urls: Mapping[str, str], bundle_dir: str = str(ROOT)) -> None:
         bundle_dir: the bundle.
 
     Raises:
-        ValueError: for a path that is not there, or leads out of the bundle.
+        Mistake: for a path that is not there, or leads out of the bundle.
     """
     root = Path(bundle_dir).resolve()
     entries = []
     for path, url in urls.items():
         file = (root / path).resolve()
         if root not in file.parents or not file.is_file():
-            raise ValueError(f"{path} is no file of the bundle {root}")
+            raise Mistake(f"{path} is no file of the bundle {root}")
         if problems := _problems(file, root, largest=None):
-            raise ValueError("; ".join(problems))
+            raise Mistake("; ".join(problems))
         entries.append({"path": path, "url": url, "hash_val": _sha256(file), "hash_type": "sha256"})
     listing = root / "large_files.yml"
     head = "".join(f"{line}\n" for line in listing.read_text().splitlines() if line.startswith("#"))
@@ -145,15 +145,15 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
         The folder. The command that uploads it is printed.
 
     Raises:
-        ValueError: when there is no zip, or something else where the folder would be.
+        Mistake: when there is no zip, or something else where the folder would be.
     """
     version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
     source = Path(archive or ROOT / "dist" / f"{NAME}_v{version}.zip")
     if not source.is_file():
-        raise ValueError(f"there is no {source}: build it first, by python -m scripts.release build")
+        raise Mistake(f"there is no {source}: build it first, by python -m scripts.release build")
     folder = Path(output_dir).resolve() / NAME
     if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "configs/metadata.json").is_file()):
-        raise ValueError(f"{folder} is not of an earlier release: choose another --output_dir")
+        raise Mistake(f"{folder} is not of an earlier release: choose another --output_dir")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         root = _unpack(str(source), Path(place))
@@ -172,15 +172,15 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
 def _unpack(archive: str, place: Path) -> Path:
     """Unpack a zip, unless there is anything in it that must not be published."""
     if not Path(archive).is_file():
-        raise ValueError(f"there is no file {archive}")
+        raise Mistake(f"there is no file {archive}")
     try:
         with ZipFile(archive) as file:
             file.extractall(place)
     except BadZipFile as error:
-        raise ValueError(f"{archive} is no zip: {error}") from error
+        raise Mistake(f"{archive} is no zip: {error}") from error
     root = place / NAME
     if not (root / "configs/metadata.json").is_file() or list(place.iterdir()) != [root]:
-        raise ValueError(f"{archive} should hold {NAME}/configs/metadata.json and nothing beside {NAME}")
+        raise Mistake(f"{archive} should hold {NAME}/configs/metadata.json and nothing beside {NAME}")
     problems = [problem for path in sorted(root.rglob("*")) if path.is_file() for problem in _problems(path, root)]
     metadata = json.loads((root / "configs/metadata.json").read_text())
     if metadata["version"] not in metadata["changelog"]:
@@ -189,7 +189,7 @@ def _unpack(archive: str, place: Path) -> Path:
     if hashes != {path.relative_to(root).as_posix(): _sha256(path) for path in root.glob("models/*.pt")}:
         problems.append("the weights in metadata.json, with their sha256, are not those in models")
     if problems:
-        raise ValueError(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
+        raise Mistake(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
     return root
 
 
@@ -205,7 +205,7 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
     if path.suffix == ".pt":
         try:
             content = checkpoints.load(path)  # weights only
-        except ValueError as error:
+        except Mistake as error:
             return [*problems, str(error)]
         # MONAI fills a network from nothing but flat weights, and says nothing when it cannot.
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -216,7 +216,7 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
 def _git(*arguments: str) -> str:
     ended = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
     if ended.returncode:
-        raise ValueError(f"git {arguments[0]}: {ended.stderr.strip()}")
+        raise Mistake(f"git {arguments[0]}: {ended.stderr.strip()}")
     return ended.stdout.strip()
 
 
@@ -224,7 +224,7 @@ def _monai(root: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "monai.bundle", *arguments]
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
     if ended.returncode:
-        raise ValueError(f"{arguments[0]} refuses the bundle:\n{ended.stderr[-2000:]}")
+        raise Mistake(f"{arguments[0]} refuses the bundle:\n{ended.stderr[-2000:]}")
 
 
 def _sha256(path: Path) -> str:
@@ -238,5 +238,5 @@ if __name__ == "__main__":
             {"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check},
             command=given if given and not given[0].startswith("--schema") else ["build", *given],
         )
-    except (ValueError, OSError) as error:
+    except (Mistake, OSError) as error:
         sys.exit(f"error: {error}")

@@ -19,7 +19,7 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 from scripts import BertsWinMAE  # noqa: E402
-from scripts.engine import AutocastInferer, MAETrainer, PrepareMaskedBatch  # noqa: E402
+from scripts.engines import AutocastInferer, MAETrainer, PrepareMaskedBatch  # noqa: E402
 from scripts.losses import MaskedL2Loss  # noqa: E402
 
 TINY = {

@@ -20,8 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigWorkflow
 
-from scripts import checkpoints
-from scripts.data import causes, check_labels, labelled, prepare_cases, volume_problem
+from scripts import weights
+from scripts.data import check_labels, labelled, prepare_cases, volume_problem
+from scripts.mistakes import causes
+from scripts.weights import checkpoints
 
 TABLE = (ROOT / "docs" / "troubleshooting.md").read_text()
 
@@ -240,7 +242,7 @@ def test_a_bad_checkpoint_is_refused_with_the_message_of_the_table(name, tmp_pat
     path = tmp_path / "model.pt"
     CHECKPOINTS[name](path)
     with pytest.raises(ValueError) as caught:
-        checkpoints.load_network(torch.nn.Linear(2, 2), checkpoints.load_state_dict(path), path)
+        weights.load_network(torch.nn.Linear(2, 2), weights.load_state_dict(path), path)
     for part in row_of(name):
         assert part in str(caught.value), str(caught.value)
     assert "executed" not in capsys.readouterr().out

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, noise, tiny
 
-from scripts import benchmark
-from scripts.benchmark import Contestant, plain_form
+from scripts.experiments.benchmark import __main__ as benchmark
+from scripts.experiments.benchmark.__main__ import Contestant, plain_form
 
 
 def test_the_plain_form_is_the_same_network():

@@ -13,7 +13,8 @@ import torch
 import yaml
 from conftest import ROOT, SHARED, TINY_KNOBS, noise, tiny
 
-from scripts import BertsWinMAE, checkpoints
+from scripts import BertsWinMAE, weights
+from scripts.weights import checkpoints
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -53,14 +54,14 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 def test_wrapper_prefixes_are_removed_in_any_order():
     state = {"module._orig_mod.a.module.b": torch.ones(1), "_orig_mod.module.c": torch.ones(1), "d": torch.ones(1)}
-    assert list(checkpoints.strip_prefixes(state)) == ["a.module.b", "c", "d"]
+    assert list(weights.strip_prefixes(state)) == ["a.module.b", "c", "d"]
 
 
 def test_weights_load_completely_or_not_at_all():
     source, target = tiny(), tiny()
     with torch.no_grad():
         source.mask_token.add_(1)
-    checkpoints.load_network(target, {f"module.{k}": v for k, v in source.state_dict().items()}, "x.pt")
+    weights.load_network(target, {f"module.{k}": v for k, v in source.state_dict().items()}, "x.pt")
     assert torch.equal(target.mask_token, source.mask_token)
 
     spoilt = source.state_dict()
@@ -73,7 +74,7 @@ def test_weights_load_completely_or_not_at_all():
         match=r"x\.pt do not fit this network of \d+ tensors: \d+ matched \(.*…\); 1 missing \(mask_token\); "
         r"1 unexpected \(extra\); 1 reshaped \(decoder\.embed\.bias \(7,\) instead of \(32,\)\)",
     ):
-        checkpoints.load_network(target, spoilt, "x.pt")
+        weights.load_network(target, spoilt, "x.pt")
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
@@ -81,8 +82,8 @@ def test_weights_load_completely_or_not_at_all():
 def test_conversion_to_the_authors_names_and_back_loses_nothing(path):
     reference = torch.load(path, weights_only=True)
     network = BertsWinMAE(**reference["config"])
-    network.load_state_dict(checkpoints.convert_reference_state_dict(reference["state_dict"]))
-    back = checkpoints.to_reference_state_dict(network)
+    network.load_state_dict(weights.convert_reference_state_dict(reference["state_dict"]))
+    back = weights.to_reference_state_dict(network)
     assert back.keys() == reference["state_dict"].keys()
     for name, value in back.items():
         torch.testing.assert_close(value, reference["state_dict"][name], rtol=0, atol=1e-6)
@@ -92,7 +93,7 @@ def test_conversion_to_the_authors_names_and_back_loses_nothing(path):
 @pytest.mark.parametrize("patch_size", [4, 8])
 def test_every_weight_has_an_authors_name(strict_stem, patch_size):
     network = tiny(strict_stem=strict_stem, patch_size=patch_size)
-    back = checkpoints.convert_reference_state_dict(checkpoints.to_reference_state_dict(network))
+    back = weights.convert_reference_state_dict(weights.to_reference_state_dict(network))
     assert all(torch.equal(back[name], value) for name, value in network.state_dict().items())
 
 
@@ -103,20 +104,20 @@ def test_a_widened_network_sees_equal_channels_as_it_saw_one(patch_size):
     volume, num_patches = noise(1, 1, 32, 32, 32), narrow.encoder.num_patches
     shown, close = torch.zeros(1, num_patches, dtype=torch.bool), {"rtol": 1e-4, "atol": 1e-4}
     expected = narrow(volume, masked=shown)["reconstructed_cube"].expand(-1, 3, -1, -1, -1)
-    wide.load_state_dict(checkpoints.widen(narrow.state_dict(), 3, "mean"))
+    wide.load_state_dict(weights.widen(narrow.state_dict(), 3, "mean"))
     torch.testing.assert_close(
         wide(volume.expand(-1, 3, -1, -1, -1), masked=shown)["reconstructed_cube"], expected, **close
     )
-    wide.load_state_dict(checkpoints.widen(narrow.state_dict(), 3, "first"))
+    wide.load_state_dict(weights.widen(narrow.state_dict(), 3, "first"))
     noisy = torch.cat([volume, noise(1, 2, 32, 32, 32, seed=1)], dim=1)
     torch.testing.assert_close(wide(noisy, masked=shown)["reconstructed_cube"], expected, **close)
 
 
 def test_widening_is_never_a_guess():
     with pytest.raises(ValueError, match="spread 'copy' must be 'mean' or 'first'"):
-        checkpoints.widen(tiny().state_dict(), 3, "copy")
+        weights.widen(tiny().state_dict(), 3, "copy")
     with pytest.raises(ValueError, match="only weights of one input channel can be widened; these have 2 input"):
-        checkpoints.widen(tiny(in_chans=2).state_dict(), 3, "mean")
+        weights.widen(tiny(in_chans=2).state_dict(), 3, "mean")
 
 
 def convert(*arguments):
@@ -127,7 +128,7 @@ def convert(*arguments):
 def test_the_command_converts_a_training_state_and_back_and_accounts_for_every_tensor(tmp_path):
     config, network = tmp_path / "net.yaml", tiny()
     config.write_text(yaml.safe_dump(TINY_KNOBS))
-    theirs = {f"module.{name}": value for name, value in checkpoints.to_reference_state_dict(network).items()}
+    theirs = {f"module.{name}": value for name, value in weights.to_reference_state_dict(network).items()}
     torch.save({"model_state_dict": theirs, "epoch": 3}, tmp_path / "authors.pt")
     flags = ("--config_file", config)
     there = convert("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", *flags)
@@ -144,7 +145,7 @@ def test_the_command_converts_a_training_state_and_back_and_accounts_for_every_t
 
 
 def test_the_command_refuses_to_finish_when_a_weight_is_missing(tmp_path):
-    config, theirs = tmp_path / "net.yaml", checkpoints.to_reference_state_dict(tiny())
+    config, theirs = tmp_path / "net.yaml", weights.to_reference_state_dict(tiny())
     config.write_text(yaml.safe_dump(TINY_KNOBS))
     del theirs["features.0.1.mlp.3.bias"]
     torch.save(theirs, tmp_path / "authors.pt")
@@ -158,7 +159,7 @@ def test_the_command_refuses_to_finish_when_a_weight_is_missing(tmp_path):
 def test_the_command_takes_knobs_of_the_network_and_refuses_others(tmp_path):
     config = tmp_path / "net.yaml"
     config.write_text(yaml.safe_dump(TINY_KNOBS))
-    torch.save(checkpoints.to_reference_state_dict(tiny(strict_stem=True)), tmp_path / "authors.pt")
+    torch.save(weights.to_reference_state_dict(tiny(strict_stem=True)), tmp_path / "authors.pt")
     arguments = ("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", "--config_file", config)
     assert convert(*arguments, "--strict_stem", "True").returncode == 0
     refused = convert(*arguments, "--strict", "True")

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY_KNOBS
 
 import scripts
-from scripts.checkpoints import to_reference_state_dict
+from scripts.weights import to_reference_state_dict
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)

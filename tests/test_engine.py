@@ -5,10 +5,9 @@ import torch
 from conftest import noise, tiny, trainer
 from ignite.engine import Events
 
-from scripts.engine import ConductorTrainer, NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
+from scripts.engines import ConductorTrainer, GradientConductor, NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
 from scripts.losses import MaskedL2Loss, StructuralLoss, choose_loss
-from scripts.masking import patchify, random_masking
-from scripts.optimizers import GradientConductor
+from scripts.networks import patchify, random_masking
 
 
 def weights_after(**settings):

@@ -10,19 +10,19 @@ import torch
 from conftest import noise, tiny, trainer
 from ignite.engine import Engine, Events, State
 
-from scripts.engine import NonFiniteLossError
+from scripts.engines import NonFiniteLossError
 from scripts.handlers import (
+    CheckpointHandler,
     EarlyStopping,
-    HiddenVoxelMetrics,
     MetricsRecorder,
     ReconstructionFigures,
     RestoreIntensities,
+    ResumeHandler,
     ValidateAtEnds,
-    composite,
 )
 from scripts.losses import MaskedL2Loss
-from scripts.masking import patchify
-from scripts.resuming import CheckpointHandler, ResumeHandler
+from scripts.metrics import HiddenVoxelMetrics, composite
+from scripts.networks import patchify
 
 
 def output(prediction, volume, hidden):

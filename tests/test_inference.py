@@ -11,15 +11,9 @@ from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny, write_volume
 from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder
-from scripts.inference import (
-    FeatureWindowInferer,
-    Placement,
-    feature_affine,
-    load_encoder,
-    place_in_window,
-    principal_colours,
-    strict_stem_of,
-)
+from scripts.engines import FeatureWindowInferer
+from scripts.weights import load_encoder, strict_stem_of
+from scripts.workflows import Placement, feature_affine, place_in_window, principal_colours
 
 ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
     "img_size", "patch_size", "encoder_embed_dim", "encoder_depth", "encoder_num_heads", "swin_window_size",

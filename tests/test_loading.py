@@ -13,7 +13,8 @@ from conftest import ROOT, TINY_KNOBS, write_volume
 from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose, Lambdad, RandGaussianNoised, ScaleIntensityd
 
-from scripts.loading import DrawnDataset, DrawSampler, _hash_file, build_dataset
+from scripts.data import DrawnDataset, DrawSampler, build_dataset
+from scripts.data.caches import _hash_file
 
 
 def draws(sampler, epoch):

@@ -5,15 +5,9 @@ import torch
 from conftest import noise
 from ignite.engine import Engine
 
-from scripts.losses import (
-    MaskedL2Loss,
-    MaskedLossMetrics,
-    StructuralLoss,
-    SumOfLosses,
-    TissueWeightedLoss,
-    choose_loss,
-)
-from scripts.masking import patchify
+from scripts.losses import MaskedL2Loss, StructuralLoss, SumOfLosses, TissueWeightedLoss, choose_loss
+from scripts.metrics import MaskedLossMetrics
+from scripts.networks import patchify
 
 
 def output(patches, hidden):

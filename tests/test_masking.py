@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import noise
 
-from scripts.masking import patchify, random_masking, unpatchify, valid_patches
+from scripts.networks import patchify, random_masking, unpatchify, valid_patches
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -9,8 +9,8 @@ from conftest import SHARED, TINY, noise, tiny
 
 import scripts
 from scripts import BertsWinMAE, ConvDecoder, patchify
-from scripts.checkpoints import convert_reference_state_dict
-from scripts.encoder import sincos_positions
+from scripts.networks import sincos_positions
+from scripts.weights import convert_reference_state_dict
 
 FIXTURES = sorted((SHARED / "fixtures").glob("reference_*.pt"))
 needs_fixtures = pytest.mark.skipif(not FIXTURES, reason="the reference tensors in ../shared/fixtures are not here")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SHARED, noise
 
-from scripts.optimizers import GradientConductor
+from scripts.engines import GradientConductor
 
 FIXTURE = SHARED / "fixtures" / "gradient_conductor.pt"
 

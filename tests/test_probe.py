@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, TINY_KNOBS, bundle, noise, tiny, write_volume
 
 from scripts.data import labelled
-from scripts.probe import FrozenProbe, fit_neighbours, fit_ridge, label_fractions, r_squared
-from scripts.vit_mae import ViTMAE
+from scripts.experiments.peers import ViTMAE
+from scripts.workflows import FrozenProbe, fit_neighbours, fit_ridge, label_fractions, r_squared
 
 
 def test_label_fractions_count_each_label_in_each_patch():

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import TINY_KNOBS
 
-from scripts import proof, proof_runs
-from scripts.proof import PRETRAININGS, RATES, Proof
-from scripts.proof_report import report_convergence, report_probes, report_scores
-from scripts.proof_runs import Run, execute
+from scripts.experiments.proof import __main__ as proof
+from scripts.experiments.proof import runs as proof_runs
+from scripts.experiments.proof.__main__ import PRETRAININGS, RATES, Proof
+from scripts.experiments.proof.report import report_convergence, report_probes, report_scores
+from scripts.experiments.proof.runs import Run, execute
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import ROOT, bundle, write_volume
 from test_configs import REQUIRED
 
 from scripts import release
-from scripts.encoder import BertsWinEncoder
+from scripts.networks import BertsWinEncoder
 
 pytestmark = pytest.mark.slow
 

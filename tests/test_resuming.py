@@ -13,9 +13,8 @@ import torch
 from conftest import ROOT, noise, start_training, tiny, train, trainer
 from ignite.engine import Engine, Events
 
-from scripts.handlers import MetricsRecorder
-from scripts.loading import DrawSampler
-from scripts.resuming import CheckpointHandler, OutputLock, PreemptionHandler, ResumeHandler
+from scripts.data import DrawSampler
+from scripts.handlers import CheckpointHandler, MetricsRecorder, OutputLock, PreemptionHandler, ResumeHandler
 
 EPOCHS, ITERATIONS, VALIDATION_BATCHES = 3, 5, 2
 # Runs that are killed at random moments; the release is checked with more.
@@ -24,7 +23,7 @@ KILLS = int(os.environ.get("BERTSWIN_KILLS", "3"))
 
 HOLD_A_LOCK = """
 import sys, time
-from scripts.resuming import OutputLock
+from scripts.handlers import OutputLock
 lock = OutputLock([sys.argv[1]])
 lock.acquire()
 print("locked", flush=True)

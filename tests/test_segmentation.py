@@ -12,16 +12,11 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder, parallel
-from scripts.segmentation import (
-    BoundedHausdorffMetric,
-    FreezeEncoder,
-    LogitsWindowInferer,
-    SegmentationNetwork,
-    build_encoder,
-    from_scratch,
-    parameter_groups,
-)
-from scripts.vit_mae import ViTEncoder
+from scripts.engines import LogitsWindowInferer
+from scripts.experiments.peers import ViTEncoder
+from scripts.metrics import BoundedHausdorffMetric
+from scripts.networks import SegmentationNetwork
+from scripts.workflows import FreezeEncoder, build_encoder, from_scratch, parameter_groups
 
 ENCODER = {name: value for name, value in TINY.items() if name not in ("decoder_embed_dim", "mask_ratio")}
 

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets.swin_unetr import BasicLayer
 
-from scripts import swin
-from scripts.swin import SwinLayer
+from scripts.networks import SwinLayer, swin
 
 CASES = {
     "shifted": ((2, 2, 2), (4, 4, 4)),

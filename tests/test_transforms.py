@@ -5,14 +5,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.transforms import (
-    FieldOfViewd,
-    ForegroundMaskd,
-    RandCTNoised,
-    RandHUWarpd,
-    cylinder,
-    detect_field_of_view,
-)
+from scripts.transforms import FieldOfViewd, ForegroundMaskd, RandCTNoised, RandHUWarpd, cylinder, detect_field_of_view
 
 SCALE = {"hu_scale": 500.0, "hu_offset": -20.0}
 ANCHORS, SHIFTS = np.array([-500, -80, 15, 45, 90, 1000, 1500]), np.array([0, 25, 10, 8, 6, 20, 0])

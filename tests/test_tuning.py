@@ -9,7 +9,8 @@ from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny
 from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder, BertsWinMAE
-from scripts.tuning import StemTuning, StemTuningLoss, StemTuningReport, load_original, summarise
+from scripts.workflows import StemTuning, StemTuningLoss, StemTuningReport, load_original
+from scripts.workflows.stem_tuning import summarise
 
 CONFIGS = ROOT / "configs"
 KNOBS = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}  # tuning draws none
@@ -141,11 +142,11 @@ def test_the_configs_agree_on_what_they_share():
     assert inference["intensities"] == train["intensities"]
     assert inference["bundle_root"] == train["bundle_root"]
     assert [step for step in inference["loading"] if "scripts" not in step["_target_"]] == train["geometry"]
-    stem = {"_target_": "scripts.inference.strict_stem_of", "checkpoint": "@checkpoint", "given": "@strict_stem"}
+    stem = {"_target_": "scripts.weights.strict_stem_of", "checkpoint": "@checkpoint", "given": "@strict_stem"}
     network = {
         k: v for k, v in train["network_def"].items() if not k.startswith(("decoder", "mask_ratio", "activation"))
     }
-    assert inference["network_def"] == network | {"_target_": "scripts.encoder.BertsWinEncoder", "strict_stem": stem}
+    assert inference["network_def"] == network | {"_target_": "scripts.networks.BertsWinEncoder", "strict_stem": stem}
 
 
 @pytest.fixture(scope="module")

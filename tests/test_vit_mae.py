@@ -5,9 +5,9 @@ import torch
 from conftest import noise, records, train
 from monai.networks.nets import MaskedAutoEncoderViT
 
+from scripts.experiments.peers import ViTMAE
 from scripts.losses import MaskedL2Loss
-from scripts.masking import patchify
-from scripts.vit_mae import ViTMAE
+from scripts.networks import patchify
 
 
 def peer() -> ViTMAE:

@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_names_and_no_traceback(
 
 def test_the_sample_is_simulated_once_and_trains(tmp_path):
     pytest.importorskip("nilearn", reason="the sample extra is not installed")
-    from scripts.sample import simulated_brains
+    from scripts.data import simulated_brains
 
     folder = simulated_brains(tmp_path / "brains", num_subjects=2)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "brains").rglob("*.nii.gz")}

@@ -1,0 +1,109 @@
+"""Where prepared volumes are kept: in memory, on disk, or nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
+from monai.transforms import Compose
+from monai.utils import convert_to_tensor
+
+from .. import parallel
+from ..mistakes import Mistake, reason
+from ..weights import checkpoints
+
+__all__ = ["DiskCacheDataset", "ForgivingDataset", "build_dataset"]
+
+logger = logging.getLogger(__name__)
+
+CACHES = ("memory", "disk", "none")
+
+
+class ForgivingDataset(Dataset):
+    """MONAI's Dataset that answers with the reason where a case cannot be loaded, instead of ending the run."""
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {"case": self.data[index]["case"], "error": reason(error)}
+
+
+class DiskCacheDataset(PersistentDataset):
+    """MONAI's PersistentDataset whose files several runs may write and read at once.
+
+    Files are written beside their place and renamed there, so that nobody reads half of one; a damaged one is
+    prepared again.
+    """
+
+    def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
+        path = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
+        if path.is_file():
+            try:
+                return checkpoints.load(path)
+            except checkpoints.DamagedCheckpointError as error:
+                logger.warning("%s; this volume is prepared again", error)
+        prepared = convert_to_tensor(
+            self._pre_transform(deepcopy(item_transformed)), convert_numeric=False, track_meta=self.track_meta
+        )
+        checkpoints.save(prepared, path)
+        return prepared
+
+
+def build_dataset(
+    data: Sequence[dict[str, Any]],
+    transform: Sequence[Any] | Compose,
+    cache: str = "memory",
+    cache_dir: str | Path | None = None,
+    num_workers: int = 0,
+    shard: bool = False,
+) -> Dataset:
+    """Choose MONAI's dataset by where the deterministic part of the transforms is kept.
+
+    Args:
+        data: the datalist.
+        transform: up to the first random one, results are kept.
+        cache: ``memory`` (CacheDataset), ``disk`` (:class:`DiskCacheDataset`, one file a volume) or ``none``.
+        cache_dir: folder for ``disk``; may be shared by runs, also at the same time.
+        num_workers: threads that fill the memory cache.
+        shard: with several ranks, keep this rank's share only: every ``world_size``-th case from ``rank`` on.
+
+    Raises:
+        Mistake: for another ``cache``, ``disk`` without a folder, or more ranks than cases to share.
+    """
+    if shard:
+        if len(data) < parallel.world_size():
+            raise Mistake(
+                f"{parallel.world_size()} ranks cannot share {len(data)} volumes: start fewer, or give more "
+                "volumes (of those to validate on, by --val_fraction)"
+            )
+        data = data[parallel.rank() :: parallel.world_size()]
+    if cache == "memory":
+        return CacheDataset(
+            data,
+            transform,
+            num_workers=max(1, num_workers),
+            progress=parallel.shows_progress(),
+            copy_cache=False,  # which takes longer than a crop does; no transform here writes into its input
+        )
+    if cache == "disk":
+        if cache_dir is None:
+            raise Mistake("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")
+        return DiskCacheDataset(data, transform, cache_dir, hash_func=_hash_file, hash_transform=pickle_hashing)
+    if cache == "none":
+        return Dataset(data, transform)
+    raise Mistake(f"cache {cache!r} must be one of {CACHES}")
+
+
+def _hash_file(item: dict[str, Any]) -> bytes:
+    """Name a cached volume by its files' paths, sizes and times of change, so that a changed one is prepared afresh."""
+    files = [Path(item["image"]).absolute()]
+    files += [Path(item["label"]).absolute()] if Path(str(item.get("label", ""))).is_file() else []
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    identity = repr((states, item.get("case"), item.get("field_of_view")))
+    return hashlib.sha256(identity.encode()).hexdigest().encode()

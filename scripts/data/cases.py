@@ -1,0 +1,238 @@
+"""Find the volumes of a dataset and split them into training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data import load_decathlon_datalist
+
+from ..mistakes import Mistake
+
+__all__ = ["case_seed", "find_cases", "labelled", "list_cases", "split_cases"]
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+# Folders and files of these names hold labels, in a folder without a datalist.
+LABEL_NAMES = {
+    *("label", "labels", "labelstr", "labelsts", "labelsva"),
+    *("mask", "masks", "seg", "segs", "segmentation", "segmentations"),
+}
+
+
+Case = dict[str, Any]
+
+
+def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> dict[str, list[Case]]:
+    """List the volumes of a dataset.
+
+    Args:
+        dataset_dir: a folder with a Decathlon ``dataset.json``, a MONAI datalist JSON, or a folder of NIfTI, NRRD
+            or MHA files at any depth. In a plain folder, hidden files and what is named after labels or masks are
+            passed over.
+        all_must_exist: refuse a list that names files which do not exist.
+
+    Returns:
+        ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
+        is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix (so that the split by
+        name is the same wherever the dataset lies); and where a datalist names them ``label`` (path), ``class`` and
+        ``field_of_view``, the arguments of :func:`bertswin_mae.transforms.cylinder`.
+
+    Raises:
+        Mistake: when nothing is there, a listed file is missing, or two files share one case name.
+    """
+    if dataset_dir is None:
+        raise Mistake("give --dataset_dir, a folder of volumes or a datalist JSON")
+    source = Path(str(dataset_dir)).expanduser()
+    if not source.exists():
+        raise Mistake(f"dataset_dir {source} does not exist: give a folder of volumes or a datalist JSON")
+    cases = _read_datalist(source / "dataset.json" if source.is_dir() else source, required=not source.is_dir())
+    if cases is None:
+        paths = _volumes_below(source)
+        cases = {"training": [{"image": str(path), "case": _case_name(path, source)} for path in paths]}
+    listed = [case for fold in cases.values() for case in fold]
+    if not listed:
+        raise Mistake(f"{source} holds no volume: looked for {', '.join('*' + suffix for suffix in SUFFIXES)}")
+    missing = [case["image"] for case in listed if not Path(case["image"]).is_file()]
+    if missing and all_must_exist:
+        raise Mistake(f"{source} lists {len(missing)} files that do not exist, the first one {missing[0]}")
+    if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
+        raise Mistake(
+            f"{source} has several volumes named {', '.join(twins[:5])}: each may be there once, in one list and one "
+            "format"
+        )
+    return cases
+
+
+def list_cases(dataset_dir: str | Path | None) -> list[Case]:
+    """List all volumes of a dataset, of every fold, also listed ones that are not there; see :func:`find_cases`."""
+    return [case for fold in find_cases(dataset_dir, all_must_exist=False).values() for case in fold]
+
+
+def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Case]]:
+    """Split by a hash of the case name: stable when cases are added, and the same on every machine and rank.
+
+    Args:
+        cases: dicts with a ``case``.
+        val_fraction: expected share of validation cases, in (0, 1). Each side gets at least one case.
+
+    Returns:
+        ``training`` and ``validation``, in the order of ``cases``.
+
+    Raises:
+        Mistake: for a fraction outside (0, 1), or fewer than two cases.
+    """
+    if not 0 < val_fraction < 1:
+        raise Mistake(f"val_fraction {val_fraction} must lie between 0 and 1, for example 0.2")
+    if len(cases) < 2:
+        names = ", ".join(case["case"] for case in cases)
+        raise Mistake(f"one volume to train on and one to validate on are needed, there is only: {names}")
+    places = {case["case"]: _hash(case["case"]) / 2**64 for case in cases}
+    ranked = sorted(places, key=places.__getitem__)
+    validation = {name for name in ranked if places[name] < val_fraction} or {ranked[0]}
+    validation -= {ranked[-1]}
+    return {
+        "training": [case for case in cases if case["case"] not in validation],
+        "validation": [case for case in cases if case["case"] in validation],
+    }
+
+
+def case_seed(case: str, seed: int) -> int:
+    """Derive a seed from a case's name and the run's: for what must be the same for a case every time."""
+    return _hash(f"{seed}/{case}") >> 1  # fits a signed 64-bit integer
+
+
+def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: str = "label") -> list[Case]:
+    """Keep the cases that come with a label.
+
+    Args:
+        cases: from :func:`find_cases`.
+        most: keep so many at the most: those whose names have the smallest hash.
+        seed: another one keeps others.
+        by: ``label``, a map, or ``class``.
+
+    Raises:
+        Mistake: when there are none, or fewer than are asked for.
+    """
+    kept = [case for case in cases if by in case]
+    if len(kept) < len(cases):
+        logger.info("%d of %d cases have a %s, the others are left out", len(kept), len(cases), by)
+    if not kept:
+        raise Mistake(f"none of the cases has a {by}: a Decathlon folder or a datalist that gives them is needed")
+    if most is None:
+        return kept
+    if most > len(kept):
+        raise Mistake(f"num_train_cases {most} is more than the {len(kept)} labelled training cases that there are")
+    return sorted(kept, key=lambda case: case_seed(case["case"], seed))[:most]
+
+
+def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | None:
+    """Read a datalist; None if there is none, or only a JSON of another kind, and none is required."""
+    if not datalist.is_file():
+        return None
+    try:
+        content = json.loads(datalist.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Mistake(f"{datalist} is not a datalist in JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
+        if required:
+            raise Mistake(f"{datalist} is not a MONAI datalist: it needs a list called 'training' of {{'image': path}}")
+        logger.info("%s lists no training images: searching its folder instead", datalist)
+        return None
+    folds = {}
+    for fold in ("training", "validation"):
+        if content.get(fold):
+            if wrong := [item for item in content[fold] if not _has_image(item)]:
+                raise Mistake(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
+            if strays := [path for item in content[fold] for path in _paths(item) if _leads_out(path)]:
+                raise Mistake(
+                    f"{datalist} lists {strays[0]}, which leads out of its folder: move the list above its volumes, or "
+                    "write the path in full"
+                )
+            if odd := [item for item in content[fold] if not _is_cylinder(item.get("field_of_view", {"radius": 1}))]:
+                raise Mistake(
+                    f"{datalist}: a field_of_view must be like {{'radius': 99, 'centre_offset': [0, 0], 'axis': 2}} in "
+                    f"voxels, but one is {odd[0]['field_of_view']}"
+                )
+            # As a segmentation's, so that MONAI completes the paths of labels too.
+            folds[fold] = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
+    if others := [name for name in ("test", "testing") if content.get(name)]:
+        logger.info("%s: the list %s is left out, only training and validation are used", datalist, others[0])
+    training = folds.get("training", [])
+    if "validation" not in folds and any("fold" in item for item in training):
+        folds["validation"] = [item for item in training if str(item.get("fold")) == "0"]
+        folds["training"] = [item for item in training if str(item.get("fold")) != "0"]
+    return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
+
+
+def _paths(item: dict[str, Any]) -> list[str]:
+    return [item[key] for key in ("image", "label") if isinstance(item.get(key), str)]
+
+
+def _leads_out(path: str) -> bool:
+    # A path in full says what it means; one that climbs may come with somebody else's list.
+    return Path(os.path.normpath(path)).parts[:1] == ("..",)
+
+
+def _has_image(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("image"), str)
+
+
+def _listed_case(item: dict[str, Any], root: Path) -> Case:
+    label = {"label": str(item["label"])} if Path(str(item.get("label", ""))).is_file() else {}
+    fov = {"field_of_view": item["field_of_view"]} if "field_of_view" in item else {}
+    known = {"class": str(item["class"])} if "class" in item else {}
+    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label, **fov, **known}
+
+
+def _is_cylinder(fov: Any) -> bool:
+    """Tell whether a case's field of view is what :func:`bertswin_mae.transforms.cylinder` takes."""
+    if not isinstance(fov, dict) or not {"radius"} <= fov.keys() <= {"radius", "centre_offset", "axis"}:
+        return False
+    offset = fov.get("centre_offset", [0, 0])
+    if not isinstance(offset, list) or len(offset) != 2 or fov.get("axis", 2) not in (0, 1, 2):
+        return False
+    numbers = (fov["radius"], *offset)
+    return all(_is_a_number(number) for number in numbers) and fov["radius"] > 0
+
+
+def _is_a_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _volumes_below(root: Path) -> list[Path]:
+    """Find the volumes at any depth, through links too, in the order of their names."""
+    found, passed_over = [], 0
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        is_labels = any(part.lower() in LABEL_NAMES for part in Path(folder).relative_to(root).parts)
+        for name in files:
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                continue
+            if is_labels or name.lower().split(".")[0] in LABEL_NAMES:
+                passed_over += 1
+            else:
+                found.append(Path(folder) / name)
+    if passed_over:
+        logger.info("passed over %d files that are named after labels or masks", passed_over)
+    return sorted(found)
+
+
+def _case_name(path: Path, root: Path) -> str:
+    # Absolute first: a name must not lead out of the folder that results are written to.
+    path, root = (Path(os.path.abspath(place)) for place in (path, root))  # noqa: PTH100 (links stay links)
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix().lstrip("/")
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -1,0 +1,114 @@
+"""Draws for training, in which all randomness is a function of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, Dataset, get_track_meta, set_track_meta
+from torch.utils.data import DistributedSampler
+
+from .. import parallel
+
+__all__ = ["Draw", "DrawSampler", "DrawnDataset"]
+
+
+class Draw(NamedTuple):
+    """Which case to load, and the seed of its augmentation and mask."""
+
+    index: int
+    seed: int
+
+
+class DrawSampler(DistributedSampler):
+    """Draw cases for training: full batches, every case of a dataset equally often, reproducible from seed and epoch.
+
+    A :class:`torch.utils.data.DistributedSampler`, so that MONAI's workflow calls ``set_epoch``; the draws of one
+    global batch are dealt to the ranks in turn, so that any number of ranks trains on the same global batches.
+
+    Args:
+        num_cases: of the training set, all ranks together.
+        batch_size: volumes a rank takes in one iteration.
+        iterations: iterations an epoch; default: as many as one pass over the cases takes, rounded up.
+        seed: of the run.
+        sharded: each rank has a dataset of its own, every ``num_replicas``-th case from ``rank`` on, and draws from
+            that; otherwise all have the same one.
+        num_replicas: ranks; default: those of torch.distributed, or one.
+        rank: this one.
+    """
+
+    def __init__(
+        self,
+        num_cases: int,
+        batch_size: int,
+        iterations: int | None = None,
+        seed: int = 0,
+        sharded: bool = False,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if num_replicas is None:
+            num_replicas, rank = parallel.world_size(), parallel.rank()
+        super().__init__(range(num_cases), num_replicas=num_replicas, rank=rank, seed=seed)
+        self.num_cases, self.batch_size = num_cases, batch_size
+        self.sharded = sharded and num_replicas > 1
+        self.global_batch = batch_size * num_replicas
+        self.iterations = iterations or -(-num_cases // self.global_batch)
+        self.skipped = 0
+        self.set_epoch(1)  # Ignite counts from one
+
+    def __len__(self) -> int:
+        return self.iterations * self.batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        first, self.skipped = self.skipped, 0
+        for iteration in range((self.epoch - 1) * self.iterations + first, self.epoch * self.iterations):
+            for place in range(self.batch_size):
+                yield self.draw(iteration, place)
+
+    def skip(self, iterations: int) -> None:
+        """Leave out the first iterations of the next epoch that is drawn: an interrupted run has done them."""
+        self.skipped = iterations
+
+    def draw(self, iteration: int, place: int) -> Draw:
+        """Return this rank's draw at a place of its batch, iterations counted from 0 over the whole run."""
+        number = iteration * self.global_batch + self.rank * self.batch_size + place
+        seed = np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0]
+        if self.sharded:
+            cases, shard = len(range(self.rank, self.num_cases, self.num_replicas)), [self.rank]
+            number = iteration * self.batch_size + place
+        else:
+            cases, shard = self.num_cases, []
+        pass_number, place_in_pass = divmod(number, cases)
+        # Every pass over the cases is a shuffle of its own, so all are seen equally often.
+        order = np.random.default_rng([self.seed, pass_number, *shard]).permutation(cases)
+        return Draw(int(order[place_in_pass]), int(seed))
+
+
+class DrawnDataset(torch.utils.data.Dataset):
+    """Answer the draws of a :class:`DrawSampler`: seed the transforms, load, and pass the seed on for the mask.
+
+    Args:
+        dataset: of MONAI, with a ``transform``; items are dicts.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        self.dataset.transform.set_random_state(seed=draw.seed)
+        # Volumes prepared in memory are plain tensors (other datasets may have to prepare them yet): to keep MONAI's
+        # records of each crop would take a fifth of a draw.
+        tracked = get_track_meta()
+        set_track_meta(tracked and not isinstance(self.dataset, CacheDataset))
+        try:
+            item = self.dataset[draw.index]
+        finally:
+            set_track_meta(tracked)
+        item = item[0] if isinstance(item, list) else item  # MONAI's crops that could take several give a list
+        return {**item, "seed": draw.seed}

@@ -1,0 +1,101 @@
+"""From a batch of the data loader to the network's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.engines import PrepareBatch
+from monai.transforms import Compose
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+
+from ..data.cases import case_seed
+from ..mistakes import Mistake
+from ..networks.patches import patchify, random_masking, valid_patches
+
+__all__ = ["PrepareMaskedBatch", "PrepareWholeBatch"]
+
+
+class PrepareWholeBatch(PrepareBatch):
+    """Turn a batch of the data loader into the network's arguments, with nothing masked.
+
+    Args:
+        patch_size: P, in voxels.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+    ) -> tuple[Tensor, Tensor, tuple, dict]:
+        """Return the volume ``(B, C, D, H, W)`` and the target patches ``(B, N, P³·C)``.
+
+        The target is the volume itself, or ``target`` where the batch has one: a volume whose intensities were not
+        augmented.
+        """
+        volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
+        target = batchdata["target"].to(device, non_blocking=non_blocking) if "target" in batchdata else volume
+        return volume, patchify(target, self.patch_size), (), {}
+
+
+class PrepareMaskedBatch(PrepareWholeBatch):
+    """Turn a batch of the data loader into the network's arguments, with a mask drawn from each volume's seed.
+
+    Training draws come with a seed of their own; that of a validation case follows from its name. So the mask is new
+    at every draw in training, and the same at every epoch in validation.
+
+    Args:
+        patch_size: P, in voxels.
+        mask_ratio: share of the valid patches to hide, in (0, 1).
+        seed: of the run.
+        min_valid_share: where the batch has a ``fov`` ``(B, 1, D, H, W)``, a patch is valid when more of its voxels lie
+            inside.
+        augmentation: of the input alone, the target stays as it is: a transform of ``{"image": (C, D, H, W)}``, applied
+            to each volume of a training batch on the network's device, and seeded by the volume's seed.
+
+    Raises:
+        Mistake: for another ``mask_ratio``.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        mask_ratio: float,
+        seed: int = 0,
+        min_valid_share: float = 0.95,
+        augmentation: Sequence[Callable] | None = None,
+    ) -> None:
+        if not 0 < mask_ratio < 1:
+            raise Mistake(f"mask_ratio {mask_ratio} must lie in (0, 1) to train on, for example 0.75")
+        super().__init__(patch_size)
+        self.mask_ratio, self.seed, self.min_valid_share = mask_ratio, seed, min_valid_share
+        self.augmentation = Compose(augmentation) if augmentation else None
+
+    def __call__(
+        self,
+        batchdata: dict[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
+        """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and the masks by keyword."""
+        volume, target, *_ = super().__call__(batchdata, device, non_blocking, **kwargs)
+        if "seed" in batchdata:
+            seeds = batchdata["seed"].tolist()
+        else:
+            seeds = [case_seed(case, self.seed) for case in batchdata["case"]]
+        if self.augmentation is not None:
+            volume = torch.stack([self._augmented(*pair) for pair in zip(volume, seeds, strict=True)])
+        if "fov" not in batchdata:
+            masked = random_masking(torch.ones(target.shape[:2], dtype=torch.bool), self.mask_ratio, seeds)
+            return volume, target, (), {"masked": masked.to(device, non_blocking=non_blocking)}
+        valid = valid_patches(batchdata["fov"].to(device), self.patch_size, self.min_valid_share)
+        masked = random_masking(valid, self.mask_ratio, seeds)
+        return volume, target, (), {"masked": masked, "valid_for_masking_mask": valid}
+
+    def _augmented(self, volume: Tensor, seed: int) -> Tensor:
+        self.augmentation.set_random_state(seed=seed % 2**32)
+        return self.augmentation({Keys.IMAGE: volume})[Keys.IMAGE]

@@ -1,0 +1,1 @@
+"""Measured comparisons: peers, proof, benchmark. In the repository, neither in the wheel nor in the zip."""

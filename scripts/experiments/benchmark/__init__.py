@@ -1,0 +1,1 @@
+"""Time and memory beside others: `python -m scripts.experiments.benchmark`."""

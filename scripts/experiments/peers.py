@@ -1,0 +1,173 @@
+"""MONAI's ViT-MAE behind the interfaces of this bundle's network and of its encoder, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from monai.networks.nets import MaskedAutoEncoderViT
+from torch import Tensor, nn
+
+from ..mistakes import Mistake
+from ..networks.patches import random_masking, unpatchify
+from ..weights.pretrained import load_network, load_state_dict
+
+__all__ = ["ViTEncoder", "ViTMAE", "load_vit_encoder"]
+
+
+class ViTMAE(MaskedAutoEncoderViT):
+    """MONAI's :class:`~monai.networks.nets.MaskedAutoEncoderViT`, trained by the same loop with the same masks.
+
+    Network, weights and their names are MONAI's; here it takes a mask from outside, gives back what the losses and the
+    figures look at, and runs under autocast.
+
+    Args:
+        img_size: volume size in voxels, D, H, W; a multiple of ``patch_size``.
+        patch_size: P, in voxels.
+        in_chans: image channels.
+        encoder_embed_dim: token width; a multiple of 6 and of the heads.
+        encoder_depth: transformer blocks.
+        encoder_num_heads: attention heads.
+        decoder_embed_dim: token width of the decoder's blocks; a multiple of 6 and of the heads.
+        decoder_depth: transformer blocks of the decoder.
+        mask_ratio: share of the patches to hide, in (0, 1).
+
+    Raises:
+        Mistake: for a width that cannot be divided so.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: int = 16,
+        in_chans: int = 1,
+        encoder_embed_dim: int = 768,
+        encoder_depth: int = 12,
+        encoder_num_heads: int = 12,
+        decoder_embed_dim: int = 384,
+        decoder_depth: int = 4,
+        mask_ratio: float = 0.75,
+    ) -> None:
+        for name, width in (("encoder_embed_dim", encoder_embed_dim), ("decoder_embed_dim", decoder_embed_dim)):
+            if width % 6 or width % encoder_num_heads:
+                raise Mistake(f"{name} {width} must be a multiple of 6 and of the {encoder_num_heads} heads")
+        super().__init__(
+            in_chans,
+            img_size,
+            patch_size,
+            hidden_size=encoder_embed_dim,
+            mlp_dim=4 * encoder_embed_dim,
+            num_layers=encoder_depth,
+            num_heads=encoder_num_heads,
+            masking_ratio=mask_ratio,
+            decoder_hidden_size=decoder_embed_dim,
+            decoder_mlp_dim=4 * decoder_embed_dim,
+            decoder_num_layers=decoder_depth,
+            decoder_num_heads=encoder_num_heads,
+            qkv_bias=True,
+        )
+        # MONAI puts these into a float32 tensor, which fails under autocast.
+        self.decoder_embed.register_forward_hook(lambda module, inputs, output: output.float())
+
+    def forward(
+        self, volume: Tensor, valid_for_masking_mask: Tensor | None = None, masked: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Hide patches and rebuild the volume.
+
+        Args:
+            volume: ``(B, C, D, H, W)``.
+            valid_for_masking_mask: must be None: this network has no place for patches outside the field of view.
+            masked: ``(B, N)`` bool, True = hidden, as many in each volume. Default: drawn at random.
+
+        Returns:
+            As :class:`~bertswin_mae.networks.BertsWinMAE`.
+
+        Raises:
+            Mistake: for patches outside the field of view.
+        """
+        if valid_for_masking_mask is not None:
+            raise Mistake("MONAI's ViT-MAE hides any patch: choose --field_of_view none")
+        valid = torch.ones(len(volume), self.patch_embedding.n_patches, dtype=torch.bool, device=volume.device)
+        if masked is None:
+            masked = random_masking(valid, self.masking_ratio)
+        # MONAI's forward hands on what it gets to `_masking`.
+        patches, hidden = super().forward(volume, masking_ratio=masked)
+        grid_size = [side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True)]
+        return {
+            "reconstructed_cube": unpatchify(patches, self.patch_size[0], grid_size),
+            "reconstructed_patches": patches,
+            "mae_mask_1d": hidden.float(),
+            "valid_for_masking_mask": valid,
+        }
+
+    def _masking(self, x: Tensor, masking_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the visible tokens, by a mask ``(B, N)`` in place of MONAI's ratio."""
+        masked = masking_ratio
+        visible = (~masked).nonzero()[:, 1].unflatten(0, (len(x), -1))
+        return x[torch.arange(len(x)).unsqueeze(1), visible], visible, masked
+
+
+class ViTEncoder(nn.Module):
+    """The encoder of :class:`ViTMAE`, on whole volumes, as a feature extractor with skips.
+
+    Args:
+        img_size: volume size in voxels, D, H, W; a multiple of ``patch_size``.
+        patch_size: P, in voxels.
+        in_chans: image channels.
+        encoder_embed_dim: token width; a multiple of 6 and of the heads.
+        encoder_depth: transformer blocks.
+        encoder_num_heads: attention heads.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: int = 16,
+        in_chans: int = 1,
+        encoder_embed_dim: int = 768,
+        encoder_depth: int = 12,
+        encoder_num_heads: int = 12,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.in_chans = tuple(img_size), patch_size, in_chans
+        whole = ViTMAE(
+            img_size, patch_size, in_chans, encoder_embed_dim, encoder_depth, encoder_num_heads, 6 * encoder_num_heads
+        )
+        self.cls_token, self.patch_embedding, self.blocks = whole.cls_token, whole.patch_embedding, whole.blocks
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Map ``(B, in_chans, *img_size)`` to ``(B, C, D/P, H/P, W/P)``."""
+        return self.forward_with_skips(volume)[-1]
+
+    def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`forward`, and before that what UNETR takes: hidden states at even distances, shallowest first.
+
+        There is one for every level between the image and the grid of tokens: log2(P) - 1.
+        """
+        tokens = self.patch_embedding(volume)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        *blocks, norm = self.blocks
+        states = [tokens := block(tokens) for block in blocks]
+        levels = self.patch_size.bit_length() - 1
+        chosen = [states[len(states) * level // levels] for level in range(1, levels)]
+        return tuple(self._on_grid(state) for state in (*chosen, norm(tokens)))
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        d, h, w = (side // self.patch_size for side in self.img_size)
+        return rearrange(tokens[:, 1:], "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+
+
+def load_vit_encoder(encoder: ViTEncoder, checkpoint: str | Path) -> ViTEncoder:
+    """Fill an encoder from ``model.pt`` of a pre-training of :class:`ViTMAE`.
+
+    Raises:
+        Mistake: when there is no such file, or it does not fit.
+    """
+    if checkpoint is None:
+        raise Mistake("give --pretrained, the model.pt of a pre-training with peers/vit_mae.yaml")
+    weights = load_state_dict(checkpoint)
+    parts = ("cls_token", "patch_embedding.", "blocks.")
+    load_network(encoder, {n: w for n, w in weights.items() if n.startswith(parts)}, checkpoint)
+    return encoder

@@ -1,0 +1,1 @@
+"""What pre-training brings: `python -m scripts.experiments.proof`."""

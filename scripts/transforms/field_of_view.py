@@ -1,0 +1,129 @@
+"""Which voxels the scanner saw, and which belong to the body."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy import ndimage
+
+from ..mistakes import Mistake
+
+__all__ = ["FieldOfViewd", "ForegroundMaskd", "cylinder", "detect_field_of_view"]
+
+# Padding smaller than this share of a volume is no padding.
+MIN_PADDING = 0.01
+
+
+def cylinder(
+    shape: Sequence[int], radius: float, centre_offset: Sequence[float] = (0.0, 0.0), axis: int = 2
+) -> np.ndarray:
+    """Mark the cylinder that a cone-beam CT images (paper, field of view).
+
+    Args:
+        shape: D, H, W, in voxels.
+        radius: in voxels.
+        centre_offset: of its centre from that of the volume, in voxels, along the two other axes.
+        axis: that the cylinder runs along; its whole length is inside.
+
+    Returns:
+        bool array of ``shape``, True inside.
+    """
+    across = [place for place in range(3) if place != axis]
+    squares = np.zeros([1, 1, 1])
+    for place, offset in zip(across, centre_offset, strict=True):
+        line = np.arange(shape[place]) - (shape[place] - 1) / 2 - offset
+        squares = squares + np.square(line).reshape([-1 if other == place else 1 for other in range(3)])
+    return np.broadcast_to(squares <= radius**2, shape).copy()
+
+
+def detect_field_of_view(volume: np.ndarray) -> np.ndarray:
+    """Find what a scanner saw: all but the constant padding around it.
+
+    Padding is what has the commonest value of the volume's corners, exactly, and hangs together with the border. So
+    constant regions within the body stay inside, and air that is not constant does too.
+
+    Args:
+        volume: ``(C, D, H, W)``, as stored: resampling blurs the border.
+
+    Returns:
+        bool array ``(D, H, W)``, True inside; all True where there is no padding.
+    """
+    ends = np.ix_(range(volume.shape[0]), *([0, -1] for _ in range(3)))
+    corners = volume[ends].reshape(volume.shape[0], -1)
+    values, counts = np.unique(corners, axis=1, return_counts=True)
+    same = (volume == values[:, counts.argmax()].reshape(-1, 1, 1, 1)).all(axis=0)
+    labels, _ = ndimage.label(same)
+    faces = [labels.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
+    touches_border = np.zeros(labels.max() + 1, dtype=bool)
+    touches_border[np.unique(np.concatenate(faces))] = True
+    touches_border[0] = False
+    outside = touches_border[labels]
+    return np.ones_like(outside) if outside.mean() < MIN_PADDING else ~outside
+
+
+class FieldOfViewd(MapTransform):
+    """Mark the voxels that the scanner saw, in a mask of its own, ``(1, D, H, W)`` uint8 (paper, field of view).
+
+    The field of view is the cylinder that the case names, or else it is detected from constant padding. Put it behind
+    ``EnsureChannelFirstd``, before anything is resampled.
+
+    Args:
+        keys: of the volumes, MetaTensors ``(C, D, H, W)``.
+        fov_key: of the mask.
+        cylinder_key: of the arguments of :func:`cylinder` (all but the shape), in voxels and axes of the file.
+    """
+
+    def __init__(self, keys: KeysCollection, fov_key: str = "fov", cylinder_key: str = "field_of_view") -> None:
+        super().__init__(keys)
+        self.fov_key, self.cylinder_key = fov_key, cylinder_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the mask."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            image = data[key]
+            if (given := data.get(self.cylinder_key)) is not None:
+                inside = cylinder(image.shape[1:], **given)
+                if not inside.any():
+                    raise Mistake(f"the field of view {given} has no voxel of {tuple(image.shape[1:])} in it")
+            else:
+                inside = detect_field_of_view(np.asarray(image))
+            data[self.fov_key] = _mask_like(image, inside)
+        return data
+
+
+class ForegroundMaskd(MapTransform):
+    """Mark the voxels of the body, in a mask of its own, ``(1, D, H, W)`` uint8.
+
+    The body is what is above a threshold in any channel, with the holes of every axial slice filled: lungs and gut gas
+    belong to it. Put it behind ``Orientationd`` to RAS.
+
+    Args:
+        keys: of the volumes, MetaTensors ``(C, D, H, W)``.
+        threshold: on the scale that the volume has there.
+        fov_key: of the mask.
+    """
+
+    def __init__(self, keys: KeysCollection, threshold: float, fov_key: str = "fov") -> None:
+        super().__init__(keys)
+        self.threshold, self.fov_key = threshold, fov_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the mask."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            above = (np.asarray(data[key]) > self.threshold).any(axis=0)
+            slices = [ndimage.binary_fill_holes(plane) for plane in np.moveaxis(above, -1, 0)]
+            data[self.fov_key] = _mask_like(data[key], np.stack(slices, axis=-1))
+        return data
+
+
+def _mask_like(image: Any, inside: np.ndarray) -> MetaTensor:
+    """Make a mask ``(1, D, H, W)`` uint8 that lies where the volume does."""
+    return MetaTensor(torch.from_numpy(inside.astype(np.uint8))[None], affine=image.affine.clone())
