@@ -1,11 +1,22 @@
-"""Promises of the field of view and of the intensity augmentation."""
+"""Promises of the field of view, of padding and flips, and of the intensity augmentation."""
 
+import monai
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, RandFlipd
 
-from scripts.transforms import FieldOfViewd, ForegroundMaskd, RandCTNoised, RandHUWarpd, cylinder, detect_field_of_view
+from scripts.transforms import (
+    FieldOfViewd,
+    ForegroundMaskd,
+    RandCTNoised,
+    RandHUWarpd,
+    ValuePadd,
+    cylinder,
+    detect_field_of_view,
+    flips,
+)
 
 SCALE = {"hu_scale": 500.0, "hu_offset": -20.0}
 ANCHORS, SHIFTS = np.array([-500, -80, 15, 45, 90, 1000, 1500]), np.array([0, 25, 10, 8, 6, 20, 0])
@@ -158,3 +169,43 @@ def test_doses_are_drawn_evenly_by_their_logarithm():
     transform = RandCTNoised("image").set_random_state(seed=0)
     doses = [transform.draw() or np.log(transform.drawn_dose) for _ in range(2000)]
     assert np.quantile(doses, [0, 0.5, 1]) == pytest.approx(np.log([800, np.sqrt(800 * 9000), 9000]), abs=0.06)
+
+
+PADS = [
+    (monai.transforms.SpatialPad, monai.transforms.SpatialPadd, {"spatial_size": (12, 10, 4)}),
+    (monai.transforms.DivisiblePad, monai.transforms.DivisiblePadd, {"k": 4}),
+    (monai.transforms.BorderPad, monai.transforms.BorderPadd, {"spatial_border": [1, 2, 3]}),
+]
+
+
+@pytest.mark.parametrize(("pad", "dictionary", "settings"), PADS)
+def test_a_pad_with_a_value_a_key_is_monais_pad_of_each(pad, dictionary, settings):
+    data = {
+        "image": MetaTensor(torch.randn(1, 9, 7, 5), affine=torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))),
+        "fov": MetaTensor(torch.ones(1, 9, 7, 5, dtype=torch.uint8)),
+        "case": "a",
+    }
+    together = ValuePadd(["image", "fov"], pad(**settings), value=[-1.5, 0])
+    apart = Compose([dictionary("image", **settings, value=-1.5), dictionary("fov", **settings)])
+    ours, theirs = together(data), apart(data)
+    for key in ("image", "fov"):
+        assert torch.equal(ours[key], theirs[key])
+        assert torch.equal(ours[key].affine, theirs[key].affine)
+        assert ours[key].dtype == data[key].dtype
+    assert ours["case"] == "a"
+    undone = together.inverse(ours)
+    assert torch.equal(undone["image"], data["image"])
+    assert together({"image": data["image"]}).keys() == {"image"}  # a case without a mask
+
+
+def test_flips_draw_as_one_transform_an_axis():
+    def drawn(transforms, seed):
+        # What stands behind the flips draws the same too: each transform is seeded in turn.
+        together = Compose([*transforms, RandHUWarpd("image", prob=1.0)]).set_random_state(seed=seed)
+        return together({"image": torch.arange(24.0).reshape(1, 2, 3, 4)})["image"]
+
+    for seed in range(20):
+        apart = [RandFlipd(["image", "fov"], prob=0.5, spatial_axis=axis, allow_missing_keys=True) for axis in (0, 2)]
+        assert torch.equal(drawn(flips(["image", "fov"], 0.5, [2, 0]), seed), drawn(apart, seed))
+    assert [flip.flipper.spatial_axis for flip in flips("image", 0.5, [2, 0])] == [0, 2]
+    assert flips("image", 0, [0, 1, 2]) == flips("image", 0.5, []) == []

@@ -2,6 +2,7 @@
 
 from .field_of_view import FieldOfViewd, ForegroundMaskd, cylinder, detect_field_of_view
 from .hounsfield import RandCTNoised, RandHUWarpd
+from .spatial import ValuePadd, flips
 from .usability import RefuseHuged, RefuseUnusabled
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "RandHUWarpd",
     "RefuseHuged",
     "RefuseUnusabled",
+    "ValuePadd",
     "cylinder",
     "detect_field_of_view",
+    "flips",
 ]
