@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import difflib
 import errno
 import inspect
@@ -10,8 +9,9 @@ import os
 import re
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,91 +21,106 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
-from .handlers.resuming import TRAINING_STATE
+from .handlers import TRAINING_STATE, end_when_preempted
 from .mistakes import Mistake, causes, reason
+from .weights import bundle_root
 
-__all__ = ["check_device", "check_knobs", "check_output", "show_mistakes_kindly"]
+__all__ = ["check_knobs", "check_run", "show_mistakes"]
 
+# The configs of each recipe. Their top-level names are the knobs, the types of their plain values the valid types.
+RECIPES = {
+    "inference": ("inference.json",),
+    "pretraining": ("train.yaml",),
+    "conductor": ("train.yaml", "train_conductor.yaml"),
+    "stem_tuning": ("train.yaml", "tune_stem.yaml"),
+    "segmentation": ("train.yaml", "finetune_segmentation.yaml"),
+    "probe": ("train.yaml", "probe.yaml"),
+}
+# What a knob may be, or the entries of its list.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "modality": ("ct", "mr"),
+    "field_of_view": ("none", "scanner", "foreground"),
+    "cache": ("memory", "disk", "none"),
+    "flip_axes": (0, 1, 2),
+    "precision": ("auto", "bf16", "fp16", "fp32"),
+    "parallel": ("ddp", "fsdp", "none"),
+    "tasks": ("component", "loss"),
+    "stem": ("keep", "strict"),
+    "objective": ("distillation", "reconstruction", "both"),
+    "target": ("label", "class"),
+    "mode": ("volumetric", "patch"),
+}
+SHARES = ("affine_prob", "flip_prob", "hu_warp_prob", "ct_noise_prob", "intensity_prob")
+FROM_ZERO = ("freeze_epochs", "num_figure_volumes", "num_workers", "seed", "warmup_epochs")
+FROM_ONE = (
+    *("accumulation_steps", "batch_size", "early_stop_patience", "feature_size", "figure_interval", "max_epochs"),
+    *("iterations_per_epoch", "max_voxels", "num_labels", "num_train_cases", "rank_timeout", "val_interval"),
+    "window_batch",
+)
+# The smallest and the largest value of a knob.
+RANGES = dict.fromkeys(SHARES, (0, 1)) | dict.fromkeys(FROM_ZERO, (0, inf)) | dict.fromkeys(FROM_ONE, (1, inf))
+# May be null although the config gives them a value.
+OPTIONAL = ("spacing", "iterations_per_epoch", "clip_norm")
+# Lists of numbers that may have any length; all others have that of the config's own.
+FREE_LENGTH = ("flip_axes",)
 # What `--tracking mlflow` adds to a config.
 TRACKING_KNOBS = {
     knob for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for knob in tool["configs"].keys() - tool["handlers_id"]
 }
-# Lists of numbers that may have any length; all others have that of the config's own.
-FREE_LENGTH = {"flip_axes"}
 SECONDS_FOR_THE_FIRST_RANK = 10.0
 # A full disk, or a used-up quota.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def check_knobs(
-    config_file: str | Path,
-    choices: dict[str, list[Any]] | None = None,
-    minimums: dict[str, float] | None = None,
-    maximums: dict[str, float] | None = None,
-    optional: Sequence[str] = (),
-) -> None:
-    """Check the overrides of a run against the config they override; for the config's ``initialize``.
+def check_knobs() -> None:
+    """Check the overrides of a run against the configs of its recipe: the first step of every workflow.
 
-    Booleans may be spelt as in YAML (the command line of MONAI hands ``true`` over as text). The handlers that
-    ``--tracking`` adds are fitted to the trainer's output.
-
-    Args:
-        config_file: the bundle's own config of this workflow: its top-level names are the valid knobs, and the types
-            of its plain values the valid types.
-        choices: the valid values of some knobs, or of the entries of their lists.
-        minimums: the smallest valid values of some knobs.
-        maximums: the largest ones.
-        optional: knobs that may be null although the config gives them a value.
+    Booleans may be spelt as in YAML: the command line of MONAI hands ``true`` over as text.
 
     Raises:
-        Mistake: for a name that neither the config nor anything in the run knows, with the nearest valid one; for
-            a value of another type; for one that is not among the choices, or too small.
+        Mistake: for a name that neither the configs nor anything in the run knows, with the nearest valid one; for a
+            value of another type; for one that is not among the choices, or out of range.
     """
-    show_mistakes_kindly()
+    show_mistakes()
     parser = _calling_parser()
     _fit_tracking(parser)
-    defaults = ConfigParser.load_config_file(config_file)
+    folder = bundle_root() / "configs"
+    files = [str(folder / name) for name in RECIPES.get(parser.get("recipe", "inference"), RECIPES["pretraining"])]
+    defaults = ConfigParser.load_config_files(files)
     for name, value in list(parser.get().items()):
         if name == "_meta_" or name in TRACKING_KNOBS:
             continue
         if name in defaults:
-            if _is_expression(value) or (value is None and name in optional):
+            if _is_expression(value) or (value is None and name in OPTIONAL):
                 continue
             checked = _typed(name, value, defaults[name])
-            _check_value(
-                name, checked, (choices or {}).get(name), (minimums or {}).get(name), (maximums or {}).get(name)
-            )
+            _check_value(name, checked)
             if checked is not value:
                 parser[name] = checked
-        elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, Path(config_file)):
+        elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, folder):
             near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
-            raise Mistake(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {config_file}")
+            raise Mistake(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {files[-1]}")
 
 
-def check_device(device: str | torch.device) -> None:
-    """Refuse a device that is not there, before anything is read.
+def check_run(device: str | torch.device, folders: Sequence[str | Path], resume: bool | None = None) -> None:
+    """Refuse, before anything is read, a device that is not there, and folders that cannot or should not be written to.
+
+    Args:
+        device: to compute on.
+        folders: that the run writes to.
+        resume: of a training run, which from here on may be preempted: whether it continues an earlier one.
 
     Raises:
-        Mistake: naming one that is.
+        Mistake: saying what would do.
     """
+    if resume is not None:
+        end_when_preempted()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         raise Mistake(f"device {device} cannot be used ({reason(error)}); --device {here} would do") from error
-
-
-def check_output(folders: Sequence[str | Path], resume: bool | None = None) -> None:
-    """Refuse, before anything is read, to write where that is not possible or would overwrite an earlier run.
-
-    Args:
-        folders: that the run writes to.
-        resume: of a training run: whether it is to continue the one that left its state there.
-
-    Raises:
-        Mistake: saying which folder, and what would do.
-    """
     for folder in map(Path, folders):
         if folder.parts[:1] == ("~",):
             raise Mistake(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
@@ -118,7 +133,7 @@ def check_output(folders: Sequence[str | Path], resume: bool | None = None) -> N
             )
 
 
-def show_mistakes_kindly() -> None:
+def show_mistakes() -> None:
     """End the program with the message alone when the mistake is the user's, with a traceback when it is ours.
 
     In a run of ``python -m monai.bundle`` only: a program that uses the bundle keeps its own ways.
@@ -127,31 +142,36 @@ def show_mistakes_kindly() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        mistake = next((cause for cause in causes(error) if isinstance(cause, Mistake)), None)
-        full = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in FULL), None)
-        if full is not None:
-            print(
-                f"error: {full.filename or 'a file of this run'} cannot be written: {full.strerror}. What was there "
-                "before is as it was: make room, and continue with --resume true",
-                file=sys.stderr,
-            )
-        elif mistake is None:
-            sys.__excepthook__(kind, error, trace)
-        else:
-            if int(os.environ.get("RANK", 0)) > 0:
-                # All ranks find a user's mistake: the first one says so, and its end is that of the others.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-            print(f"error: {mistake}", file=sys.stderr)
-        if parallel.world_size() > 1:
-            # At once, without waiting for ranks that may not answer any more: torchrun then ends the others.
-            atexit.register(os._exit, 1)
+        if _is_for_this_rank_to_say():
+            print(_message(error) or "".join(traceback.format_exception(kind, error, trace)), file=sys.stderr)
+        parallel.end_process(1)  # torchrun then ends the other ranks
 
     sys.excepthook = hook
 
 
+def _message(error: BaseException) -> str | None:
+    """Say what the user can mend; None where it is for us to mend."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return (
+                f"error: {cause.filename or 'a file of this run'} cannot be written: {cause.strerror}. What was there "
+                "before is as it was: make room, and continue with --resume true"
+            )
+    mistakes = (str(cause) for cause in causes(error) if isinstance(cause, Mistake))
+    # A worker of the data loader hands its traceback on as text, the message at its end.
+    return next((f"error: {text.rpartition('Mistake: ')[-1].strip()}" for text in mistakes), None)
+
+
+def _is_for_this_rank_to_say() -> bool:
+    """Leave to the first rank what all ranks find: it says so, and torchrun ends this one by SIGTERM."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        return True
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    return signal.sigtimedwait({signal.SIGTERM}, SECONDS_FOR_THE_FIRST_RANK) is None
+
+
 def _calling_parser() -> ConfigParser:
-    """Find the parser whose config is being resolved: expressions are not handed it."""
+    """Find the parser whose config is being resolved: its components are not handed it."""
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(parser := frame.f_locals.get("self"), ConfigParser):
@@ -195,20 +215,22 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _check_value(name: str, value: Any, valid: list[Any] | None, minimum: float | None, maximum: float | None) -> None:
-    if minimum is not None and value is not None and value < minimum:
-        raise Mistake(f"{name} is {value} but must be at least {minimum}")
-    if maximum is not None and value is not None and value > maximum:
-        raise Mistake(f"{name} is {value} but must be at most {maximum}")
+def _check_value(name: str, value: Any) -> None:
+    if name in RANGES and value is not None:
+        smallest, largest = RANGES[name]
+        if not smallest <= value <= largest:
+            bound = f"at least {smallest}" if value < smallest else f"at most {largest}"
+            raise Mistake(f"{name} is {value} but must be {bound}")
+    valid = CHOICES.get(name)
     for entry in value if isinstance(value, list | tuple) else [value]:
         if valid is not None and entry not in valid:
             near = difflib.get_close_matches(str(entry), [str(choice) for choice in valid], n=1, cutoff=0)
-            raise Mistake(f"{name} is {entry!r} but must be one of {valid}: did you mean {near[0]}?")
+            raise Mistake(f"{name} is {entry!r} but must be one of {list(valid)}: did you mean {near[0]}?")
 
 
-def _is_of_an_overlay(name: str, value: Any, config_file: Path) -> bool:
+def _is_of_an_overlay(name: str, value: Any, folder: Path) -> bool:
     """Tell whether another config of the bundle says just this: an overlay may serve several workflows."""
-    others = (ConfigParser.load_config_file(other) for other in config_file.parent.glob("*.yaml"))
+    others = (ConfigParser.load_config_file(other) for other in folder.glob("*.yaml"))
     return any(name in other and other[name] == value for other in others)
 
 

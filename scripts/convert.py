@@ -4,102 +4,77 @@
     python -m scripts.convert to_authors MODEL.pt AUTHORS.pt --config_file "['configs/train.yaml']"
     python -m scripts.convert widen MODEL.pt WIDE.pt --in_chans 4 --spread mean
 
-The configs are those that the network was, or will be, trained with: they say what must be there.
+The configs are those that the network was, or will be, trained with: they say what must be there. Knobs of the network
+on the command line count over theirs, such as `--strict_stem True`. Nothing is written unless all weights have a place.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 from monai.bundle import ConfigParser
 from torch import Tensor
 
 from . import weights
-from .mistakes import Mistake
-from .networks.bertswin_mae import BertsWinMAE
-from .weights import checkpoints
+from .mistakes import Mistake, command
+from .networks import BertsWinMAE
 
 __all__ = ["from_authors", "to_authors", "widen"]
 
 CONFIG = "configs/train.yaml"
-NETWORK_KNOBS = {
-    "img_size": "img_size",
-    "patch_size": "patch_size",
-    "in_chans": "in_chans",
-    "encoder_embed_dim": "encoder_embed_dim",
-    "encoder_depth": "encoder_depths",
-    "encoder_num_heads": "encoder_num_heads",
-    "swin_window_size": "swin_window_size",
-    "decoder_embed_dim": "decoder_embed_dim",
-    "stem_base_dim": "stem_base_dim",
-    "strict_stem": "strict_stem",
-}
+# What the configs call what gives the network's weights their shapes.
+NETWORK_KNOBS = (
+    *("img_size", "patch_size", "in_chans", "encoder_embed_dim", "encoder_depth", "encoder_num_heads"),
+    *("swin_window_size", "decoder_embed_dim", "stem_base_dim", "strict_stem"),
+)
 
 
 def from_authors(source: str, target: str, config_file: str | Sequence[str] = CONFIG, **knobs: Any) -> None:
-    """Convert a checkpoint of the authors' implementation; nothing is written unless every weight has its place.
+    """Convert a checkpoint of the authors' implementation.
 
     Args:
         source: the authors' file: flat weights, or a training state with ``model_state_dict``.
         target: our flat weights.
         config_file: one or several configs of the network.
-        knobs: of the network, over those of the configs, such as ``--strict_stem True``.
+        knobs: of the network, over those of the configs.
 
     Raises:
         Mistake: with the account, when anything is missing, left over or of another shape.
     """
-    content = checkpoints.load(source)
+    content = weights.load(source)
     if not isinstance(content, dict):
         raise Mistake(f"{source} holds a {type(content).__name__}, not weights by name")
     converted = weights.convert_reference_state_dict(content.get("model_state_dict", content))
-    network = _filled(_network(config_file, knobs), converted, source)
-    checkpoints.save(network.state_dict(), target)
+    weights.save(_filled(_network(config_file, knobs), converted, source).state_dict(), target)
     print(f"wrote {target}")
 
 
 def to_authors(source: str, target: str, config_file: str | Sequence[str] = CONFIG, **knobs: Any) -> None:
     """Convert our flat weights to a checkpoint that the authors' implementation loads strictly.
 
-    Args:
-        source: ``model.pt`` of a run.
-        target: the authors' file, with ``model_state_dict``.
-        config_file: one or several configs of the network.
-        knobs: of the network, over those of the configs, such as ``--strict_stem True``.
-
-    Raises:
-        Mistake: with the account, when anything is missing, left over or of another shape.
+    Arguments and errors as for :func:`from_authors`; the target holds ``model_state_dict``.
     """
-    network = _filled(_network(config_file, knobs), weights.load_state_dict(source), source)
-    checkpoints.save({"model_state_dict": weights.to_reference_state_dict(network)}, target)
+    network = _filled(_network(config_file, knobs), weights.read_weights(source), source)
+    weights.save({"model_state_dict": weights.to_reference_state_dict(network)}, target)
     print(f"wrote {target}")
 
 
 def widen(source: str, target: str, in_chans: int, spread: str) -> None:
-    """Make weights for a network of several input channels from those of one.
+    """Make weights for a network, or an encoder, of several input channels from those of one.
 
-    Args:
-        source: flat weights of a one-channel network or encoder.
-        target: flat weights of the wide one.
-        in_chans: its channels.
-        spread: how the stem's first kernel is spread: ``mean`` gives every channel an equal share, so that equal
-            channels give the features of one; ``first`` gives all to the first channel and none to the others. The
-            decoder rebuilds every channel as it did the one.
-
-    Raises:
-        Mistake: for another ``spread``, or weights that are not of one channel.
+    ``spread`` says how the stem's first kernel is spread: ``mean`` gives every channel an equal share, ``first`` gives
+    all to the first one; see :func:`~bertswin_mae.weights.widen`.
     """
-    checkpoints.save(weights.widen(weights.load_state_dict(source), in_chans, spread), target)
+    weights.save(weights.widen(weights.read_weights(source), in_chans, spread), target)
     print(f"wrote {target}: {in_chans} channels, spread by {spread}")
 
 
 def _filled(network: BertsWinMAE, state_dict: Mapping[str, Tensor], source: str) -> BertsWinMAE:
     """Account for every tensor, and load them all or none."""
     print(weights.compare(network.state_dict(), state_dict).account())
-    weights.load_network(network, state_dict, source)
+    weights.fill(network, state_dict, source)
     return network
 
 
@@ -110,14 +85,10 @@ def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> Ber
     if unknown := overrides.keys() - NETWORK_KNOBS:
         raise Mistake(f"there is no knob {min(unknown)} of the network: it has {', '.join(NETWORK_KNOBS)}")
     knobs = ConfigParser.load_config_files(files) | overrides
-    settings = {argument: knobs[knob] for knob, argument in NETWORK_KNOBS.items() if knob in knobs}
-    for name in ("encoder_depths", "encoder_num_heads"):
-        settings[name] = [settings[name]]
-    return BertsWinMAE(**settings)
+    settings = {name: knobs[name] for name in NETWORK_KNOBS if name in knobs}
+    depth, num_heads = settings.pop("encoder_depth"), settings.pop("encoder_num_heads")
+    return BertsWinMAE(encoder_depths=[depth], encoder_num_heads=[num_heads], **settings)
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire({"from_authors": from_authors, "to_authors": to_authors, "widen": widen})
-    except Mistake as error:
-        sys.exit(f"error: {error}")
+    command({"from_authors": from_authors, "to_authors": to_authors, "widen": widen})

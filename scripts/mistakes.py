@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-__all__ = ["Mistake", "causes", "reason"]
+import fire
+
+__all__ = ["Mistake", "causes", "command", "reason"]
 
 
 class Mistake(ValueError):  # noqa: N818 (the mistake is the user's)
@@ -15,11 +19,11 @@ class Mistake(ValueError):  # noqa: N818 (the mistake is the user's)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Walk from an error back through what led to it, itself first."""
+    """Walk from an error back through those that it was raised from, itself first."""
     link: BaseException | None = error
     while link is not None:
         yield link
-        link = link.__cause__ or link.__context__
+        link = link.__cause__
 
 
 def reason(error: BaseException) -> str:
@@ -29,3 +33,22 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "rror:" in line]
     return (telling or lines or [type(error).__name__])[-1]
+
+
+def command(commands: Callable[..., Any] | Mapping[str, Any], arguments: Sequence[str] | None = None) -> None:
+    """Be the command line of a module, at its end.
+
+    A user's mistake, also one that led to another error, and a file that cannot be read or written end it with the
+    message alone; errors of ours show their traceback.
+
+    Args:
+        commands: a function or a class, or several by name.
+        arguments: default: those of the command line.
+    """
+    try:
+        fire.Fire(commands, command=arguments)
+    except Exception as error:
+        mistake = next((cause for cause in causes(error) if isinstance(cause, Mistake)), None)
+        if mistake is None and not isinstance(error, OSError):
+            raise
+        sys.exit(f"error: {mistake or error}")

@@ -1,4 +1,4 @@
-"""Several processes, one training: torch.distributed under torchrun. With one process everything here does nothing."""
+"""Several processes, one training: what Ignite's ``idist`` lacks. With one process everything here does nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from monai.networks.nets.swin_unetr import SwinTransformerBlock
@@ -24,36 +25,10 @@ from torch.utils._pytree import tree_map
 
 from .mistakes import Mistake
 
-__all__ = [
-    "any_rank",
-    "check_started",
-    "distribute",
-    "finish",
-    "first_problem",
-    "gather",
-    "is_bundle_command",
-    "placed_like",
-    "rank",
-    "shows_progress",
-    "start",
-    "whole",
-    "world_size",
-]
-
-
-def world_size() -> int:
-    """Return the number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Return which of them this one is, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
 
 def shows_progress() -> bool:
     """Tell whether this process should draw progress bars: the first one does, where somebody watches."""
-    return rank() == 0 and sys.stderr.isatty()
+    return idist.get_rank() == 0 and sys.stderr.isatty()
 
 
 def start(device: str | torch.device, timeout: float = 60) -> None:
@@ -98,18 +73,23 @@ def check_started() -> None:
 
 
 def finish() -> None:
-    """Leave the other processes, when all are done.
-
-    A run under torchrun then ends without tearing down what is left: threads of the communication that wake up while
-    Python shuts down abort it now and then, and torchrun would take that for a failure.
-    """
+    """Leave the other processes, when all are done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    end_process(0)
+
+
+def end_process(code: int) -> None:
+    """Let a bundle command under torchrun end with this code, and without tearing down what is left.
+
+    Ranks that do not answer any more would be waited for, and threads of the communication that wake up while Python
+    shuts down abort it now and then.
+    """
     if is_bundle_command() and "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        atexit.register(os._exit, 0)
+        atexit.register(os._exit, code)
 
 
 def is_bundle_command() -> bool:
@@ -140,15 +120,13 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
         # Said of a transposed convolution's weight, whose one input channel has no stride to speak of.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         devices = [device.index] if device.type == "cuda" else None
+        # The buffers are constants.
         return DistributedDataParallel(
-            network.to(device),
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # they are constants
+            network.to(device), device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
         )
     if mode == "fsdp":
         # Block by block onto the device, so that it never holds the whole.
-        mesh = init_device_mesh(device.type, (world_size(),))
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in network.modules():
             if isinstance(module, SwinTransformerBlock):
                 fully_shard(module, mesh=mesh)
@@ -156,7 +134,7 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
     raise Mistake(f"parallel {mode!r} must be 'ddp' or 'fsdp'")
 
 
-def whole(state: Any) -> Any:
+def full_tensors(state: Any) -> Any:
     """Put the tensors of a nested state that are divided among the processes together; call it in all of them.
 
     One after the other, on the CPU of the first process: elsewhere they are left empty.
@@ -166,12 +144,12 @@ def whole(state: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
         full = value.full_tensor()
-        return full.cpu() if rank() == 0 else full.new_empty(0)
+        return full.cpu() if idist.get_rank() == 0 else full.new_empty(0)
 
     return tree_map(put_together, state)
 
 
-def placed_like(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def shard_like(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Divide those tensors among the processes whose namesakes in ``reference`` are; call it in all of them."""
     return {
         name: distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)
@@ -183,36 +161,24 @@ def placed_like(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
 
 def gather(value: Any) -> list[Any]:
     """Return what each process handed in, in the order of their ranks; values are pickled."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return [part for (part,) in idist.all_gather((value,))]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool) -> bool:
     """Tell whether the flag is up in any process; call it in all of them."""
-    if world_size() == 1:
-        return flag
-    raised = torch.tensor(float(flag), device=device)
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+    return bool(idist.all_reduce(float(flag), op="MAX"))
 
 
-def first_problem(problem: str | None, device: torch.device) -> str | None:
+def first_problem(problem: str | None) -> str | None:
     """Agree on whether any process has a problem, so that all stop together.
 
     Args:
         problem: of this process, or None.
-        device: that this process computes on.
 
     Returns:
         In all processes alike, the problem of the first one that has any, with its rank; or None.
     """
-    if world_size() == 1:
-        return problem
     # One small number at every step; the words are exchanged when there are any.
-    if not any_rank(problem is not None, device):
-        return None
-    problems = gather(problem)
-    return next(f"rank {number}: {text}" for number, text in enumerate(problems) if text is not None)
+    if idist.get_world_size() == 1 or not any_rank(problem is not None):
+        return problem
+    return next(f"rank {number}: {text}" for number, text in enumerate(gather(problem)) if text is not None)

@@ -4,10 +4,8 @@
     python -m scripts.release
     python -m scripts.release hugging_face --repo OWNER/bertswin_mae
 
-The first is for weights that lie elsewhere, and what it writes is to be committed; the second is `build`.
-
-The version, and what changed since the one before, stand in `configs/metadata.json` alone. Nothing here uploads
-anything.
+The first is for weights that lie elsewhere, and what it writes is to be committed; the second is `build`. The version
+and its changelog stand in `configs/metadata.json` alone. Nothing here uploads anything.
 """
 
 from __future__ import annotations
@@ -22,90 +20,75 @@ from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-import fire
 import torch
 import yaml
 
-from .mistakes import Mistake
-from .weights import checkpoints
+from .mistakes import Mistake, command
+from .weights import load
 
-__all__ = ["build", "check", "hugging_face", "large_files"]
+__all__ = ["build", "check", "hugging_face", "large_files", "sha256"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "bertswin_mae"
 # What a user of the bundle needs, and nothing else is ever published: no volumes, lists of them, archives, or keys.
-# Tests, and what checks them, stay in the repository.
 PUBLISHED = (
-    *(
-        "configs/*.yaml",
-        "configs/inference.json",
-        "configs/metadata.json",
-        "configs/logging.conf",
-    ),
+    *("configs/*.yaml", "configs/inference.json", "configs/metadata.json", "configs/logging.conf"),
     *("docs/*.md", "docs/data_license.txt", "docs/figures/*.png", "models/*.pt", "scripts/*.py", "scripts/*/*.py"),
     *("CITATION.cff", "LICENSE", "README.md", "large_files.yml", "pyproject.toml", "requirements.txt", "setup.py"),
 )
 CONTENTS = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in PUBLISHED))
+# Comparisons stay in the repository, with the configs that need them; so do tests, which are not of the contents.
+LEFT_OUT = ("configs/peers", "scripts/experiments")
 LARGEST = 16 * 2**20  # bytes of a file in the zip; what is larger goes through large_files.yml
 
 
 def build(output_dir: str = "dist", schema: str | None = None, revision: str = "HEAD") -> Path:
-    """Write ``bertswin_mae_v<version>.zip`` from the committed tree, and check it as a user would find it.
+    """Write ``bertswin_mae_v<version>.zip`` from the committed tree, check it as a user would find it, and return it.
 
     Args:
         output_dir: for the zip; one of the same version is replaced.
         schema: a copy of the schema that ``metadata.json`` names; without it MONAI downloads it.
         revision: what to publish; the default refuses while changes are not committed.
 
-    Returns:
-        The zip's path.
-
     Raises:
         Mistake: when anything is wrong with the tree; nothing is left then.
     """
-    elsewhere = [
-        f"?? {entry['path']}" for entry in yaml.safe_load(_git("show", f"{revision}:large_files.yml"))["large_files"]
-    ]
-    changed = _git("status", "--porcelain", "--untracked-files=all", "--", *CONTENTS).splitlines()
-    if revision == "HEAD" and (changed := [line for line in changed if line not in elsewhere]):
-        listing = "\n".join(changed)
-        raise Mistake(f"what is published is what is committed, but these are not:\n{listing}")
-    metadata = json.loads(_git("show", f"{revision}:configs/metadata.json"))
+    chosen = ("--", *CONTENTS, *(f":(exclude){folder}" for folder in LEFT_OUT))
+    if revision == "HEAD":
+        elsewhere = {
+            f"?? {entry['path']}" for entry in yaml.safe_load(_git("show", "HEAD:large_files.yml"))["large_files"]
+        }
+        changed = _git("status", "--porcelain", "--untracked-files=all", *chosen).splitlines()
+        if listing := "\n".join(line for line in changed if line not in elsewhere):
+            raise Mistake(f"what is published is what is committed, but these are not:\n{listing}")
+    version = json.loads(_git("show", f"{revision}:configs/metadata.json"))["version"]
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{NAME}_v{metadata['version']}.zip"
+    target = folder / f"{NAME}_v{version}.zip"
     with tempfile.TemporaryDirectory(dir=folder) as place:
         made = Path(place) / target.name
-        there = [path for path in CONTENTS if _git("ls-tree", revision, "--", path)]
-        _git("archive", "--format=zip", f"--prefix={NAME}/", f"--output={made}", revision, "--", *there)
+        _git("archive", "--format=zip", f"--prefix={NAME}/", f"--output={made}", revision, *chosen)
         check(str(made), schema)
         made.replace(target)
-    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MB), sha256 {_sha256(target)}")
+    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MB), sha256 {sha256(target)}")
     return target
 
 
 def check(archive: str, schema: str | None = None) -> None:
-    """Unpack a zip and look at it with MONAI's tools and our own rules.
+    """Unpack a zip and look at it with MONAI's tools and our own rules; a Mistake names what is wrong.
 
     Args:
         archive: the zip.
         schema: see :func:`build`.
-
-    Raises:
-        Mistake: naming what is wrong.
     """
-    if schema and not Path(schema).is_file():
-        raise Mistake(f"there is no file {schema}")
     with tempfile.TemporaryDirectory() as place:
         root = _unpack(archive, Path(place))
         if schema:
             shutil.copy(schema, Path(place) / "schema.json")  # where MONAI looks before it downloads
-        _monai(root, "verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", f"{place}/schema.json")
-        _monai(
-            root,
-            *("verify_net_in_out", "--net_id", "network_def", "--device", "cpu"),
-            *("--config_file", "configs/inference.json", "--meta_file", "configs/metadata.json"),
-        )
+        monai, metadata = (sys.executable, "-m", "monai.bundle"), ("--meta_file", "configs/metadata.json")
+        _run(*monai, "verify_metadata", *metadata, "--filepath", f"{place}/schema.json", cwd=root)
+        network = ("--config_file", "configs/inference.json", "--net_id", "network_def", "--device", "cpu")
+        _run(*monai, "verify_net_in_out", *metadata, *network, cwd=root)
 
 
 def large_files(urls: Mapping[str, str], bundle_dir: str = str(ROOT)) -> None:
@@ -126,7 +109,7 @@ def large_files(urls: Mapping[str, str], bundle_dir: str = str(ROOT)) -> None:
             raise Mistake(f"{path} is no file of the bundle {root}")
         if problems := _problems(file, root, largest=None):
             raise Mistake("; ".join(problems))
-        entries.append({"path": path, "url": url, "hash_val": _sha256(file), "hash_type": "sha256"})
+        entries.append({"path": path, "url": url, "hash_val": sha256(file), "hash_type": "sha256"})
     listing = root / "large_files.yml"
     head = "".join(f"{line}\n" for line in listing.read_text().splitlines() if line.startswith("#"))
     listing.write_text(head + yaml.safe_dump({"large_files": entries}, sort_keys=False))
@@ -134,15 +117,14 @@ def large_files(urls: Mapping[str, str], bundle_dir: str = str(ROOT)) -> None:
 
 
 def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/huggingface") -> Path:
-    """Lay out the folder to upload: what is in the zip, with the head that the hub reads on its front page.
+    """Lay out the folder to upload, and print the command that does it.
+
+    It holds what is in the zip, with the head that the hub reads on its front page.
 
     Args:
         repo: ``owner/name``.
         archive: the zip; default: that of this version in ``dist``.
         output_dir: for the folder; that of an earlier release is replaced.
-
-    Returns:
-        The folder. The command that uploads it is printed.
 
     Raises:
         Mistake: when there is no zip, or something else where the folder would be.
@@ -159,20 +141,22 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
         root = _unpack(str(source), Path(place))
         shutil.rmtree(folder, ignore_errors=True)
         root.replace(folder)
-    # What Hugging Face reads at the head of a front page.
     tags = ["monai", "medical", "self-supervised"]
     header = {"license": ["apache-2.0", "cc-by-sa-4.0"], "library_name": "monai", "tags": tags}
     page = folder / "README.md"
     page.write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{page.read_text()}")
-    command = f"hf upload {repo} {folder} . --delete '*' --commit-message 'Version {version}'"
-    print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {command}")
+    upload = f"hf upload {repo} {folder} . --delete '*' --commit-message 'Version {version}'"
+    print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {upload}")
     return folder
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _unpack(archive: str, place: Path) -> Path:
     """Unpack a zip, unless there is anything in it that must not be published."""
-    if not Path(archive).is_file():
-        raise Mistake(f"there is no file {archive}")
     try:
         with ZipFile(archive) as file:
             file.extractall(place)
@@ -186,7 +170,7 @@ def _unpack(archive: str, place: Path) -> Path:
     if metadata["version"] not in metadata["changelog"]:
         problems.append(f"the changelog in metadata.json does not mention version {metadata['version']}")
     hashes = {path: about["sha256"] for path, about in metadata.get("weights", {}).items()}
-    if hashes != {path.relative_to(root).as_posix(): _sha256(path) for path in root.glob("models/*.pt")}:
+    if hashes != {path.relative_to(root).as_posix(): sha256(path) for path in root.glob("models/*.pt")}:
         problems.append("the weights in metadata.json, with their sha256, are not those in models")
     if problems:
         raise Mistake(f"{archive} cannot be published:\n  " + "\n  ".join(problems))
@@ -198,13 +182,14 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
     name = path.relative_to(root)
     problems = []
     patterns = [pattern for pattern in PUBLISHED if len(Path(pattern).parts) == len(name.parts)]
-    if name.name.startswith(".") or not any(name.match(pattern) for pattern in patterns):
+    is_comparison = any(name.is_relative_to(folder) for folder in LEFT_OUT)
+    if name.name.startswith(".") or is_comparison or not any(name.match(pattern) for pattern in patterns):
         problems.append(f"{name} is not of a kind that is published")
     if largest is not None and path.stat().st_size > largest:
         problems.append(f"{name} is larger than {largest // 2**20} MB: list it in large_files.yml")
     if path.suffix == ".pt":
         try:
-            content = checkpoints.load(path)  # weights only
+            content = load(path)  # weights only
         except Mistake as error:
             return [*problems, str(error)]
         # MONAI fills a network from nothing but flat weights, and says nothing when it cannot.
@@ -214,29 +199,19 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
 
 
 def _git(*arguments: str) -> str:
-    ended = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
+    return _run("git", *arguments, cwd=ROOT)
+
+
+def _run(*words: str, cwd: Path) -> str:
+    ended = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)  # noqa: S603
     if ended.returncode:
-        raise Mistake(f"git {arguments[0]}: {ended.stderr.strip()}")
+        raise Mistake(f"{' '.join(words)} ended with {ended.returncode}:\n{ended.stderr.strip()[-2000:]}")
     return ended.stdout.strip()
 
 
-def _monai(root: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "monai.bundle", *arguments]
-    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
-    if ended.returncode:
-        raise Mistake(f"{arguments[0]} refuses the bundle:\n{ended.stderr[-2000:]}")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 if __name__ == "__main__":
-    try:
-        given = sys.argv[1:]
-        fire.Fire(
-            {"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check},
-            command=given if given and not given[0].startswith("--schema") else ["build", *given],
-        )
-    except (Mistake, OSError) as error:
-        sys.exit(f"error: {error}")
+    given = sys.argv[1:]
+    command(
+        {"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check},
+        given if given and not given[0].startswith("--schema") else ["build", *given],
+    )

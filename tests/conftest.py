@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+FIXTURES = ROOT / "tests" / "fixtures"
+# Outputs of the authors' implementation: two configurations in every clone, a larger one where `shared` lies beside it.
+REFERENCES = sorted({*FIXTURES.glob("reference_*.pt"), *ROOT.parent.glob("shared/fixtures/reference_patch16*.pt")})
 sys.path.insert(0, str(ROOT))
 
 from scripts import BertsWinMAE  # noqa: E402
@@ -119,6 +123,16 @@ def cohort(tmp_path_factory) -> Path:
     return folder
 
 
+def copy_bundle(place: Path) -> Path:
+    """Copy the repository's files, without what runs and builds have left in it."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        at_the_top = {"runs", "data", "dist", "build"} if Path(folder) == ROOT else set()
+        return [n for n in names if n in at_the_top or n.startswith(".") or n.endswith((".egg-info", "__pycache__"))]
+
+    return shutil.copytree(ROOT, place, ignore=left_out)
+
+
 def records(folder: Path) -> list[dict]:
     """Read the metrics.jsonl that a run left."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +141,7 @@ def records(folder: Path) -> list[dict]:
 def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
     """Run `python -m monai.bundle …` as a user would, in a process of its own."""
     process = start_bundle(*arguments, cwd=cwd, **knobs)
-    stdout, stderr = process.communicate(timeout=600)
+    stdout, stderr = process.communicate(timeout=2400)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -140,6 +154,17 @@ def start_bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.Popen
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def started(*configs: str, run_id: str = "training", **knobs) -> ConfigWorkflow:
+    """Build a workflow and do all of its steps but the last: what it is made of can be looked at, nothing has run."""
+    files = [str(ROOT / "configs" / name) for name in configs or ("train.yaml", "small.yaml")]
+    workflow = ConfigWorkflow(files, workflow_type="train", run_id=run_id, **knobs)
+    workflow.initialize()
+    for step in range(len(workflow.parser[run_id]) - 1):
+        workflow.parser.get_parsed_content(f"{run_id}::{step}")
+        workflow.parser.ref_resolver.remove_resolved_content(f"{run_id}::{step}")  # as a run does
+    return workflow
 
 
 def train(*configs: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS
+from conftest import ROOT, TINY_KNOBS, copy_bundle
 
 import scripts
 from scripts.weights import to_reference_state_dict
@@ -68,7 +68,7 @@ def _label(folder):
 def workplace(tmp_path_factory, cohort):
     """A copy of the bundle with what the documents' examples name."""
     place = tmp_path_factory.mktemp("docs") / "bundle"
-    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
+    copy_bundle(place)
     shutil.copytree(cohort, place / "DIR")
     _label(shutil.copytree(cohort, place / "LABELLED"))
     network = scripts.bertswin_mae_small_patch8_48x64x48()
@@ -135,7 +135,7 @@ def test_the_readme_goes_from_the_weights_to_their_use_in_ten_lines():
 def installed(tmp_path_factory):
     """The package as pip installs it, in a folder of its own."""
     place = tmp_path_factory.mktemp("pip")
-    shutil.copytree(ROOT, place / "source", ignore=shutil.ignore_patterns(".*", "runs", "data", "build", "*.egg-info"))
+    copy_bundle(place / "source")
     options = ["-q", "--no-deps", "--no-build-isolation", "--target", str(place / "site")]
     command = [sys.executable, "-m", "pip", "install", *options, str(place / "source")]
     subprocess.run(command, check=True, capture_output=True)  # noqa: S603
@@ -165,6 +165,20 @@ def test_pip_installs_the_package_under_its_name(installed, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_installed_package_holds_every_room_twice_and_no_experiment(installed):
+    package = installed / "bertswin_mae"
+    rooms = {path.relative_to(ROOT / "scripts") for path in (ROOT / "scripts").rglob("*.py")}
+    rooms = {room for room in rooms if room.parts[0] != "experiments"}
+    assert len({room.parent for room in rooms}) > 5
+    for place in (package, package / "bundle" / "scripts"):
+        found = {path.relative_to(place) for path in place.rglob("*.py")}
+        assert {path for path in found if path.parts[0] != "bundle"} == rooms
+    apart = ("experiments", "peers", "tests")
+    assert not [path for path in package.rglob("*") if path.name in apart]
+    assert (package / "bundle" / "CITATION.cff").exists()  # which the front page links
+
+
+@pytest.mark.slow
 def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_path):
     root = Path(in_package(installed, "import bertswin_mae; print(bertswin_mae.bundle_root())", tmp_path).strip())
     assert root == installed / "bertswin_mae" / "bundle"
@@ -176,8 +190,9 @@ def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_p
     in_package(
         installed, "import torch, bertswin_mae as b; b.pretrained_encoder()(torch.ones(1, 1, 48, 64, 48))", tmp_path
     )
-    names = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")}
-    assert {path.relative_to(root / "configs") for path in (root / "configs").rglob("*.*")} == names
+    assert {path.name for path in (root / "configs").rglob("*")} == {
+        path.name for path in (ROOT / "configs").glob("*.*")
+    }
     files = [str(root / "configs" / name) for name in ("train.yaml", "small.yaml")]
     knobs = TINY_KNOBS | {"max_epochs": 1, "dataset_dir": str(cohort), "output_dir": str(tmp_path / "out")}
     arguments = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]

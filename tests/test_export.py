@@ -6,7 +6,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bundle, noise
+from conftest import bundle, copy_bundle, noise
 
 from scripts import bertswin_mae_small_patch8_48x64x48
 
@@ -97,8 +97,7 @@ def test_torch_export_captures_the_encoder(volume, blockwise_norm):
 
 def test_bundle_load_returns_the_network_with_the_checkpoints_weights(weights, encoder, volume, tmp_path, monkeypatch):
     folder = tmp_path / "bundles" / "bertswin_mae"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "data", "tests", "models"))
-    (folder / "models").mkdir()
+    copy_bundle(folder)
     shutil.copy(weights, folder / "models" / "model.pt")
     monkeypatch.chdir(tmp_path)
     network = monai.bundle.load(

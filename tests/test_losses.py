@@ -5,7 +5,7 @@ import torch
 from conftest import noise
 from ignite.engine import Engine
 
-from scripts.losses import MaskedL2Loss, StructuralLoss, SumOfLosses, TissueWeightedLoss, choose_loss
+from scripts.losses import MaskedL2Loss, MaskedLoss, StructuralLoss, SumOfLosses, TissueWeightedLoss, choose_loss
 from scripts.metrics import MaskedLossMetrics
 from scripts.networks import patchify
 
@@ -26,6 +26,28 @@ def test_the_loss_sees_only_hidden_patches():
 
 def test_nothing_hidden_costs_nothing():
     assert MaskedL2Loss()(output(noise(1, 4, 8), torch.zeros(1, 4)), noise(1, 4, 8, seed=1)) == 0
+
+
+class MaskedL1Loss(MaskedLoss):
+    """All it takes to add a loss, and a line in train.yaml: `l1: {_target_: scripts.losses.MaskedL1Loss}`."""
+
+    def __init__(self):
+        super().__init__({"l1": 1.0})
+
+    def patch_errors(self, prediction, target):
+        return {"l1": (prediction - target).abs().mean(dim=-1)}
+
+
+def test_a_loss_of_ones_own_is_trained_added_up_conducted_and_validated_like_any_other():
+    prediction, target = noise(2, 6, 512), noise(2, 6, 512, seed=1)
+    hidden = (noise(2, 6, seed=2) > 0).float()
+    expected = (prediction - target)[hidden.bool()].abs().mean()
+    loss = choose_loss("l1+l2", choice() | {"l1": MaskedL1Loss()})
+    total, parts = loss.score(output(prediction, hidden), target)
+    torch.testing.assert_close(parts["l1"], expected)
+    torch.testing.assert_close(total - parts["l2"], expected)
+    assert list(loss.tasks(parts)) == list(loss.weights) == ["l1", "l2"]
+    assert list(MaskedLossMetrics(loss).by_name("loss")) == ["val_loss", "val_l1", "val_l2"]
 
 
 def test_half_precision_predictions_are_scored_in_float32():
@@ -50,14 +72,13 @@ def structural(**settings):
 def test_structural_components_are_those_of_the_sub_patches():
     prediction, target, hidden = noise(2, 6, 512), noise(2, 6, 512, seed=1), (noise(2, 6, seed=2) > 0).float()
     loss = structural(epsilon=1e-6)
-    total = loss(output(prediction, hidden), target)
+    total, parts = loss.score(output(prediction, hidden), target)
     cubes = [
         patches.reshape(2, 6, 2, 4, 2, 4, 2, 4).permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(2, 6, 8, 64)[hidden.bool()]
         for patches in (prediction, target)
     ]
     means, deviations = zip(*((cube.mean(dim=-1), cube.std(dim=-1, correction=0)) for cube in cubes), strict=True)
     standard = [(cube - m[..., None]) / s[..., None] for cube, m, s in zip(cubes, means, deviations, strict=True)]
-    parts = loss.last_components
     torch.testing.assert_close(parts["brightness"], (means[0] - means[1]).square().mean())
     torch.testing.assert_close(parts["contrast"], (deviations[0] - deviations[1]).square().mean())
     torch.testing.assert_close(parts["structure"], (standard[0] - standard[1]).square().mean())
@@ -67,13 +88,14 @@ def test_structural_components_are_those_of_the_sub_patches():
 def test_structure_ignores_brightness_and_contrast_and_they_ignore_structure():
     target, hidden = noise(1, 4, 512), torch.ones(1, 4)
     loss = structural(epsilon=1e-4)
-    loss(output(3 * target + 2, hidden), target)
-    assert loss.last_components["structure"] < 1e-5
-    assert loss.last_components["brightness"] > 1
-    loss(output(target.reshape(1, 4, 2, 4, 2, 4, 2, 4).flip(3).reshape(1, 4, 512), hidden), target)
-    assert loss.last_components["brightness"] < 1e-10
-    assert loss.last_components["contrast"] < 1e-10
-    assert loss.last_components["structure"] > 1
+    relit = loss.score(output(3 * target + 2, hidden), target)[1]
+    assert relit["structure"] < 1e-5
+    assert relit["brightness"] > 1
+    mirrored = target.reshape(1, 4, 2, 4, 2, 4, 2, 4).flip(3).reshape(1, 4, 512)
+    moved = loss.score(output(mirrored, hidden), target)[1]
+    assert moved["brightness"] < 1e-10
+    assert moved["contrast"] < 1e-10
+    assert moved["structure"] > 1
 
 
 @pytest.mark.parametrize("flat", ["target", "prediction", "both"])
@@ -92,18 +114,17 @@ def test_the_structural_loss_keeps_the_channels_apart():
     target, hidden = noise(1, 4, 1024), torch.ones(1, 4)
     shifted = target.clone().reshape(1, 4, 512, 2)
     shifted[..., 1] += 3
-    loss = structural(in_chans=2)
-    loss(output(shifted.reshape(1, 4, 1024), hidden), target)
-    assert loss.last_components["brightness"].item() == pytest.approx(4.5)  # 3² in one of two channels
-    assert loss.last_components["structure"] < 1e-6
+    _, parts = structural(in_chans=2).score(output(shifted.reshape(1, 4, 1024), hidden), target)
+    assert parts["brightness"].item() == pytest.approx(4.5)  # 3² in one of two channels
+    assert parts["structure"] < 1e-6
 
 
 def test_structural_statistics_are_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = (100 + 0.1 * noise(1, 4, 512)).bfloat16()
-        loss = structural()
-        assert loss(output(prediction, torch.ones(1, 4)), prediction.float()).dtype == torch.float32
-        assert loss.last_components["structure"] == 0
+        loss, parts = structural().score(output(prediction, torch.ones(1, 4)), prediction.float())
+        assert loss.dtype == torch.float32
+        assert parts["structure"] == 0
 
 
 def test_sub_patches_must_fill_a_patch():
@@ -143,7 +164,7 @@ def test_each_tissue_weighs_by_its_own_patches_and_an_empty_group_adds_nothing()
     target = patchify(body(), 8)
     prediction = target + noise(*target.shape, seed=1)
     loss = tissue()
-    errors = {name: error for name, (error, _) in structural().patch_errors(prediction, target).items()}
+    errors = structural().patch_errors(prediction, target)
     error = 0.3 * errors["brightness"] + 0.2 * errors["contrast"] + 0.5 * errors["structure"]
     groups = loss.groups(target)
     hidden = (noise(1, 64, seed=2) > 0).float()
@@ -155,8 +176,8 @@ def test_each_tissue_weighs_by_its_own_patches_and_an_empty_group_adds_nothing()
     total = loss(output(prediction, hidden), target)
     expected = 0.3 * mean(1) + 0.5 * mean(groups["soft_tissue"]) + 0.2 * mean(groups["bone_surface"])
     torch.testing.assert_close(total, expected)
-    without_bone = loss(output(prediction, hidden * (1 - groups["bone_surface"])), target)
-    assert loss.last_components["bone_surface"] == 0
+    without_bone, parts = loss.score(output(prediction, hidden * (1 - groups["bone_surface"])), target)
+    assert parts["bone_surface"] == 0
     assert torch.isfinite(without_bone)
 
 
@@ -174,9 +195,10 @@ def test_losses_are_chosen_by_name_and_added_up():
     scored = output(prediction, torch.ones(2, 6))
     l2, lcs = (choose_loss(name, choice())(scored, target) for name in ("l2", "structural"))
     both = choose_loss("l2+structural", choice())
-    torch.testing.assert_close(both(scored, target), l2 + lcs)
-    assert list(both.last_components) == ["l2", "structural_brightness", "structural_contrast", "structural_structure"]
-    assert both.weights.keys() == both.last_components.keys() == both.last_counts.keys()
+    total, parts = both.score(scored, target)
+    torch.testing.assert_close(total, l2 + lcs)
+    assert list(parts) == ["l2", "structural_brightness", "structural_contrast", "structural_structure"]
+    assert both.weights.keys() == both.sums(scored, target).keys() == parts.keys()
     assert list(choose_loss("structural", choice()).weights) == ["brightness", "contrast", "structure"]
     with pytest.raises(ValueError, match="a normalised target is on another scale"):
         choose_loss("l2+normal", {"l2": MaskedL2Loss(), "normal": MaskedL2Loss(normalise_target=True)})
@@ -194,9 +216,10 @@ def test_losses_are_chosen_by_name_and_added_up():
 def test_tasks_are_components_or_losses_and_add_up_to_the_loss(per, names):
     scored, target = output(noise(2, 6, 512), torch.ones(2, 6)), noise(2, 6, 512, seed=1)
     loss = choose_loss("l2+structural", choice(), per)
-    tasks = loss.tasks(scored, target)
+    total, components = loss.score(scored, target)
+    tasks = loss.tasks(components)
     assert list(tasks) == names
-    torch.testing.assert_close(sum(tasks.values()), loss(scored, target))
+    torch.testing.assert_close(sum(tasks.values()), total)
     with pytest.raises(ValueError, match="per 'patch' must be 'component' or 'loss'"):
         SumOfLosses(choice(), "patch")
 
@@ -213,8 +236,9 @@ def test_validation_losses_are_those_of_all_hidden_patches_together():
     for name, metric in metrics.items():
         metric.attach(engine, name)
     measured = engine.run([slice(0, 2), slice(2, 4)]).metrics
-    assert measured["val_loss"] == pytest.approx(loss(output(prediction, hidden), target).item())
-    assert measured["val_contrast"] == pytest.approx(loss.last_components["contrast"].item())
+    total, parts = loss.score(output(prediction, hidden), target)
+    assert measured["val_loss"] == pytest.approx(total.item())
+    assert measured["val_contrast"] == pytest.approx(parts["contrast"].item())
 
 
 def test_a_tissue_that_a_batch_lacks_does_not_lower_its_validation_loss():

@@ -41,7 +41,7 @@ def start_ranks(*configs, ranks=2, overlay=("multi_gpu.yaml",), workflow="traini
 
 def train_ranks(*configs, **knobs):
     process = start_ranks(*configs, **knobs)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -161,14 +161,14 @@ def test_when_a_rank_dies_the_others_end_and_the_run_resumes(volumes, tmp_path, 
     settings = {"dataset_dir": volumes, "output_dir": tmp_path / "out", "iterations_per_epoch": 10, "max_epochs": 500}
     process = start_ranks(*PLAIN, **settings)
     state = tmp_path / "out" / "checkpoints" / "training_state.pt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(0.3)  # into an epoch
     ranks = ranks_below(process.pid)
     os.kill(ranks[victim], signal.SIGKILL)
     killed = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=240)
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in stderr
@@ -200,8 +200,10 @@ def test_the_stem_is_tuned_in_several_processes_too(volumes, tmp_path):
     }
     for ranks, batch_size in ((1, 2), (2, 1)):
         settings |= {"batch_size": batch_size, "output_dir": tmp_path / str(ranks)}
-        process = start_ranks("tune_stem.yaml", "small.yaml", ranks=ranks, workflow="tuning", only=settings)
-        _, stderr = process.communicate(timeout=300)
+        process = start_ranks(
+            "train.yaml", "tune_stem.yaml", "small.yaml", ranks=ranks, workflow="tuning", only=settings
+        )
+        _, stderr = process.communicate(timeout=1200)
         assert process.returncode == 0, stderr
     one, two = (json.loads((tmp_path / ranks / "stem_tuning.json").read_text()) for ranks in "12")
     for name in ("volumetric_before", "volumetric_after", "patch_mode", "feature_cosine_after"):
@@ -214,14 +216,14 @@ def test_the_stem_is_tuned_in_several_processes_too(volumes, tmp_path):
 def test_preempted_ranks_save_together_and_go_on(volumes, tmp_path):
     settings = {"dataset_dir": volumes, "output_dir": tmp_path, "iterations_per_epoch": 400, "max_epochs": 2}
     process = start_ranks(*PLAIN, **settings)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while len(ranks := ranks_below(process.pid)) < 2 or not (tmp_path / "tensorboard").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(4)  # into the first epoch
     for pid in ranks.values():
         os.kill(pid, signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     assert "ended by SIGTERM in epoch 1" in stdout
     state = torch.load(tmp_path / "checkpoints" / "training_state.pt", weights_only=True)
@@ -232,8 +234,9 @@ def test_preempted_ranks_save_together_and_go_on(volumes, tmp_path):
 
 
 def test_one_process_needs_no_others():
-    assert (parallel.world_size(), parallel.rank(), parallel.gather("mine")) == (1, 0, ["mine"])
-    assert parallel.first_problem("bad", torch.device("cpu")) == "bad"
-    assert parallel.first_problem(None, torch.device("cpu")) is None
+    assert parallel.gather("mine") == ["mine"]
+    assert parallel.first_problem("bad") == "bad"
+    assert parallel.first_problem(None) is None
+    assert (parallel.any_rank(True), parallel.any_rank(False)) == (True, False)
     with pytest.raises(ValueError, match="parallel 'dp' must be 'ddp' or 'fsdp'"):
         parallel.distribute(torch.nn.Linear(1, 1), "cpu", "dp")

@@ -14,7 +14,7 @@ import monai
 import pytest
 import torch
 import yaml
-from conftest import ROOT, bundle, write_volume
+from conftest import ROOT, bundle, copy_bundle, write_volume
 from test_configs import REQUIRED
 
 from scripts import release
@@ -30,8 +30,7 @@ def git(folder, *arguments):
 
 def committed(place):
     """Put the bundle into a repository of its own, everything committed."""
-    left_out = shutil.ignore_patterns(".*", "runs", "data", "dist", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, place, ignore=left_out)
+    copy_bundle(place)
     git(place.parent, "init", "-q", str(place))
     git(place, "add", "-A")
     git(place, "commit", "-qm", "all")
@@ -83,7 +82,9 @@ def test_the_zip_holds_the_committed_bundle_and_nothing_else(built):
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert {name.split("/")[1] for name in names} == set(release.CONTENTS)
     assert {"bertswin_mae/configs/train.yaml", "bertswin_mae/models/model.pt", "bertswin_mae/LICENSE"} <= names
-    assert not [name for name in names if "test" in name or name.endswith((".nii.gz", ".pyc"))]
+    assert "bertswin_mae/scripts/networks/__init__.py" in names
+    apart = ("test", "experiments", "peers", ".nii.gz", ".pyc")
+    assert not [name for name in names if any(part in name for part in apart)]
     assert built.stat().st_size < 20 * 2**20
 
 
@@ -107,6 +108,7 @@ class Code:
         ("docs/id_rsa", "key", "id_rsa is not of a kind that is published"),
         ("configs/patients.json", "key", "patients.json is not of a kind that is published"),
         ("docs/.hidden.md", "key", "hidden.md is not of a kind that is published"),
+        ("scripts/networks/notes.txt", "key", "notes.txt is not of a kind that is published"),
         ("models/model.pt", {"weight": torch.zeros(1)}, "weights in metadata.json, with their sha256, are not those"),
         ("models/nested.pt", {"network": {"weight": torch.zeros(1)}}, "nested.pt does not hold flat weights"),
         ("models/large.pt", {"weight": torch.zeros(5 * 2**20)}, "large.pt is larger than 16 MB"),
@@ -127,6 +129,15 @@ def test_data_code_and_what_is_too_large_are_refused(
         release.build(str(tmp_path / "dist"), schema)
     assert not list(Path(tmp_path).glob("dist/*"))
     assert "code was run" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["scripts/experiments/peers.py", "configs/peers/unet.yaml", "tests/conftest.py"])
+def test_a_zip_with_comparisons_or_tests_is_refused(built, schema, tmp_path, name):
+    more = Path(shutil.copy(built, tmp_path))
+    with ZipFile(more, "a") as file:
+        file.write(ROOT / name, f"bertswin_mae/{name}")
+    with pytest.raises(ValueError, match=f"{name} is not of a kind that is published"):
+        release.check(str(more), schema)
 
 
 def test_from_a_download_to_features_and_to_the_network(built, server, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
 from monai.transforms import Compose
 from monai.utils import convert_to_tensor
@@ -20,8 +21,6 @@ from ..weights import checkpoints
 __all__ = ["DiskCacheDataset", "ForgivingDataset", "build_dataset"]
 
 logger = logging.getLogger(__name__)
-
-CACHES = ("memory", "disk", "none")
 
 
 class ForgivingDataset(Dataset):
@@ -77,27 +76,21 @@ def build_dataset(
         Mistake: for another ``cache``, ``disk`` without a folder, or more ranks than cases to share.
     """
     if shard:
-        if len(data) < parallel.world_size():
-            raise Mistake(
-                f"{parallel.world_size()} ranks cannot share {len(data)} volumes: start fewer, or give more "
-                "volumes (of those to validate on, by --val_fraction)"
-            )
-        data = data[parallel.rank() :: parallel.world_size()]
+        if len(data) < (ranks := idist.get_world_size()):
+            more = "start fewer, or give more volumes (of those to validate on, by --val_fraction)"
+            raise Mistake(f"{ranks} ranks cannot share {len(data)} volumes: {more}")
+        data = data[idist.get_rank() :: ranks]
     if cache == "memory":
-        return CacheDataset(
-            data,
-            transform,
-            num_workers=max(1, num_workers),
-            progress=parallel.shows_progress(),
-            copy_cache=False,  # which takes longer than a crop does; no transform here writes into its input
-        )
+        threads, shows_bar = max(1, num_workers), parallel.shows_progress()
+        # To copy what is kept takes longer than a crop does, and no transform here writes into its input.
+        return CacheDataset(data, transform, num_workers=threads, progress=shows_bar, copy_cache=False)
     if cache == "disk":
         if cache_dir is None:
             raise Mistake("cache 'disk' needs a cache_dir, a folder with room for the prepared volumes")
         return DiskCacheDataset(data, transform, cache_dir, hash_func=_hash_file, hash_transform=pickle_hashing)
     if cache == "none":
         return Dataset(data, transform)
-    raise Mistake(f"cache {cache!r} must be one of {CACHES}")
+    raise Mistake(f"cache {cache!r} must be one of ('memory', 'disk', 'none')")
 
 
 def _hash_file(item: dict[str, Any]) -> bytes:

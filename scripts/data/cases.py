@@ -20,30 +20,26 @@ __all__ = ["case_seed", "find_cases", "labelled", "list_cases", "split_cases"]
 
 logger = logging.getLogger(__name__)
 
+Case = dict[str, Any]
+
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 # Folders and files of these names hold labels, in a folder without a datalist.
-LABEL_NAMES = {
-    *("label", "labels", "labelstr", "labelsts", "labelsva"),
-    *("mask", "masks", "seg", "segs", "segmentation", "segmentations"),
-}
-
-
-Case = dict[str, Any]
+LABEL_NAMES = {"label", "labels", "labelstr", "labelsts", "labelsva"}
+LABEL_NAMES |= {"mask", "masks", "seg", "segs", "segmentation", "segmentations"}
 
 
 def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> dict[str, list[Case]]:
     """List the volumes of a dataset.
 
     Args:
-        dataset_dir: a folder with a Decathlon ``dataset.json``, a MONAI datalist JSON, or a folder of NIfTI, NRRD
-            or MHA files at any depth. In a plain folder, hidden files and what is named after labels or masks are
-            passed over.
+        dataset_dir: a folder with a Decathlon ``dataset.json``, a MONAI datalist JSON, or a folder of NIfTI, NRRD or
+            MHA files at any depth, of which hidden ones and those named after labels or masks are passed over.
         all_must_exist: refuse a list that names files which do not exist.
 
     Returns:
         ``training``, and ``validation`` where a datalist names it, by a list of its own or by ``fold: 0``. Each case
-        is a dict of ``image`` (path), ``case``: its path below the dataset, without suffix (so that the split by
-        name is the same wherever the dataset lies); and where a datalist names them ``label`` (path), ``class`` and
+        has an ``image`` (path) and a name, ``case``: its path below the dataset without suffix, so that the split by
+        name is the same wherever the dataset lies. Where a datalist names them also ``label`` (path), ``class`` and
         ``field_of_view``, the arguments of :func:`bertswin_mae.transforms.cylinder`.
 
     Raises:
@@ -65,10 +61,8 @@ def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> d
     if missing and all_must_exist:
         raise Mistake(f"{source} lists {len(missing)} files that do not exist, the first one {missing[0]}")
     if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
-        raise Mistake(
-            f"{source} has several volumes named {', '.join(twins[:5])}: each may be there once, in one list and one "
-            "format"
-        )
+        names = ", ".join(twins[:5])
+        raise Mistake(f"{source} has several volumes named {names}: each may be there once, in one list and one format")
     return cases
 
 
@@ -115,7 +109,7 @@ def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: 
 
     Args:
         cases: from :func:`find_cases`.
-        most: keep so many at the most: those whose names have the smallest hash.
+        most: keep so many at the most, chosen by a hash of their names.
         seed: another one keeps others.
         by: ``label``, a map, or ``class``.
 
@@ -149,19 +143,9 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
         return None
     folds = {}
     for fold in ("training", "validation"):
-        if content.get(fold):
-            if wrong := [item for item in content[fold] if not _has_image(item)]:
-                raise Mistake(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {wrong[0]}")
-            if strays := [path for item in content[fold] for path in _paths(item) if _leads_out(path)]:
-                raise Mistake(
-                    f"{datalist} lists {strays[0]}, which leads out of its folder: move the list above its volumes, or "
-                    "write the path in full"
-                )
-            if odd := [item for item in content[fold] if not _is_cylinder(item.get("field_of_view", {"radius": 1}))]:
-                raise Mistake(
-                    f"{datalist}: a field_of_view must be like {{'radius': 99, 'centre_offset': [0, 0], 'axis': 2}} in "
-                    f"voxels, but one is {odd[0]['field_of_view']}"
-                )
+        if items := content.get(fold):
+            if problem := next(filter(None, (_item_problem(item, fold) for item in items)), None):
+                raise Mistake(f"{datalist}{problem}")
             # As a segmentation's, so that MONAI completes the paths of labels too.
             folds[fold] = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
     if others := [name for name in ("test", "testing") if content.get(name)]:
@@ -173,24 +157,19 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
     return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
 
 
-def _paths(item: dict[str, Any]) -> list[str]:
-    return [item[key] for key in ("image", "label") if isinstance(item.get(key), str)]
-
-
-def _leads_out(path: str) -> bool:
-    # A path in full says what it means; one that climbs may come with somebody else's list.
-    return Path(os.path.normpath(path)).parts[:1] == ("..",)
-
-
-def _has_image(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("image"), str)
-
-
-def _listed_case(item: dict[str, Any], root: Path) -> Case:
-    label = {"label": str(item["label"])} if Path(str(item.get("label", ""))).is_file() else {}
-    fov = {"field_of_view": item["field_of_view"]} if "field_of_view" in item else {}
-    known = {"class": str(item["class"])} if "class" in item else {}
-    return {"image": item["image"], "case": _case_name(Path(item["image"]), root), **label, **fov, **known}
+def _item_problem(item: Any, fold: str) -> str | None:
+    """Say why an item of a datalist cannot be used, or None if it can."""
+    if not isinstance(item, dict) or not isinstance(item.get("image"), str):
+        return f": every item of '{fold}' needs one 'image' path, but one is {item}"
+    for path in (item["image"], item.get("label")):
+        # A path in full says what it means; one that climbs may come with somebody else's list.
+        if isinstance(path, str) and Path(os.path.normpath(path)).parts[:1] == ("..",):
+            way_out = "move the list above its volumes, or write the path in full"
+            return f" lists {path}, which leads out of its folder: {way_out}"
+    if not _is_cylinder(item.get("field_of_view", {"radius": 1})):
+        example = "{'radius': 99, 'centre_offset': [0, 0], 'axis': 2}"
+        return f": a field_of_view must be like {example} in voxels, but one is {item['field_of_view']}"
+    return None
 
 
 def _is_cylinder(fov: Any) -> bool:
@@ -198,14 +177,21 @@ def _is_cylinder(fov: Any) -> bool:
     if not isinstance(fov, dict) or not {"radius"} <= fov.keys() <= {"radius", "centre_offset", "axis"}:
         return False
     offset = fov.get("centre_offset", [0, 0])
-    if not isinstance(offset, list) or len(offset) != 2 or fov.get("axis", 2) not in (0, 1, 2):
+    numbers = (fov["radius"], *offset) if isinstance(offset, list) and len(offset) == 2 else (None,)
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         return False
-    numbers = (fov["radius"], *offset)
-    return all(_is_a_number(number) for number in numbers) and fov["radius"] > 0
+    return fov["radius"] > 0 and fov.get("axis", 2) in (0, 1, 2)
 
 
-def _is_a_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _listed_case(item: dict[str, Any], root: Path) -> Case:
+    case = {"image": item["image"], "case": _case_name(Path(item["image"]), root)}
+    if Path(str(item.get("label", ""))).is_file():
+        case["label"] = str(item["label"])
+    if "field_of_view" in item:
+        case["field_of_view"] = item["field_of_view"]
+    if "class" in item:
+        case["class"] = str(item["class"])
+    return case
 
 
 def _volumes_below(root: Path) -> list[Path]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
@@ -20,18 +21,12 @@ __all__ = ["check_cases", "check_labels", "resampled_shape", "volume_problem", "
 
 logger = logging.getLogger(__name__)
 
-# A CT reaches air (-1000 HU) or at least lung and gut gas; what has no voxel below this is on another scale.
-CT_NEEDS_BELOW_HU = -200
-# Below this there is air, and nothing to learn from.
-CT_NEEDS_ABOVE_HU = -500
-# The window of the MR intensities; a volume in which both ends coincide has nothing but its background in it.
-MR_PERCENTILES = (0.5, 99.5)
-# Finer than a microscope's voxels, or coarser than any scanner's: the header has another unit, or none.
-PLAUSIBLE_MM = (1e-3, 100.0)
-# Of a resampled volume: beyond this, sampling grids overflow, and few machines hold the volume as float32.
-MOST_VOXELS = 2**31
-# A label map has few whole numbers; an image, however coarse, has more.
-LABEL_MAP_VALUES = 8
+CT_NEEDS_BELOW_HU = -200  # a CT has air (-1000 HU), or at least lung or gut gas; else it is on another scale
+CT_NEEDS_ABOVE_HU = -500  # below there is air, and nothing to learn from
+MR_PERCENTILES = (0.5, 99.5)  # the intensity window; where both ends coincide there is nothing but background
+PLAUSIBLE_MM = (1e-3, 100.0)  # beyond any microscope's and any scanner's voxels: the header has another unit, or none
+MOST_VOXELS = 2**31  # beyond, sampling grids overflow, and few machines hold the volume as float32
+LABEL_MAP_VALUES = 8  # a label map has few whole numbers; an image, however coarse, has more
 
 
 def check_cases(
@@ -42,49 +37,63 @@ def check_cases(
     num_threads: int = 4,
     spacing: Sequence[float] | None = None,
 ) -> list[Case]:
-    """Read every volume once, before training, and sort out what cannot be used.
+    """Read every volume once, before training, and return the cases that can be used.
 
     Args:
         cases: from :func:`find_cases`.
-        modality: ``ct`` or ``mr``.
+        modality: ``ct`` (Hounsfield units) or ``mr``.
         in_chans: channels a volume must have.
-        skip_invalid: log the ones that cannot be used and go on without them.
+        skip_invalid: leave out volumes that cannot be used, instead of ending the run.
         num_threads: volumes read at once.
-        spacing: mm that volumes will be resampled to.
-
-    Returns:
-        The usable cases.
+        spacing: mm that volumes will be resampled to, if at all: what would not fit in memory then is refused.
 
     Raises:
         Mistake: naming each volume that cannot be used, and why, unless ``skip_invalid``; or when none is left.
     """
-    mine = cases[parallel.rank() :: parallel.world_size()]  # several ranks share the work
-    with ThreadPoolExecutor(max(1, num_threads)) as threads:
-        checks = threads.map(lambda case: volume_problem(case["image"], modality, in_chans, spacing), mine)
-        no_bar = not parallel.shows_progress()
-        bar = tqdm(checks, total=len(mine), desc="checking volumes", unit="volume", leave=False, disable=no_bar)
-        found = {case["case"]: problem for case, problem in zip(mine, bar, strict=True)}
-    found = {case: problem for part in parallel.gather(found) for case, problem in part.items()}
-    problems = [found[case["case"]] for case in cases]
-    bad = [f"{case['image']}: {problem}" for case, problem in zip(cases, problems, strict=True) if problem]
-    usable = [case for case, problem in zip(cases, problems, strict=True) if not problem]
-    if bad and not skip_invalid:
-        listing = "\n  ".join(bad)
+    arguments = (modality, in_chans, spacing)
+    found = _problems(cases, "image", lambda case: volume_problem(case["image"], *arguments), num_threads)
+    if found and not skip_invalid:
         raise Mistake(
-            f"{len(bad)} of {len(cases)} volumes cannot be used with modality {modality}:\n  {listing}\n"
+            f"{len(found)} of {len(cases)} volumes cannot be used with modality {modality}:{_listing(found)}\n"
             "Mend or remove them, or leave them out with --skip_invalid true."
         )
-    for line in bad:
-        logger.warning("left out %s", line)
-    if not usable:
+    for path, problem in found.items():
+        logger.warning("left out %s: %s", path, problem)
+    if len(found) == len(cases):
         raise Mistake(f"none of the {len(cases)} volumes can be used with modality {modality}")
-    return usable
+    return [case for case in cases if case["image"] not in found]
+
+
+def check_labels(cases: list[Case], num_labels: int, num_threads: int = 4) -> list[Case]:
+    """Read every label map once, before training, and return the cases, with labels from 0 to ``num_labels``.
+
+    Raises:
+        Mistake: naming each map that cannot be used, and why.
+    """
+    if found := _problems(cases, "label", lambda case: _label_problem(case, num_labels), num_threads):
+        raise Mistake(f"{len(found)} of {len(cases)} label maps cannot be used:{_listing(found)}")
+    return cases
+
+
+def _problems(cases: Sequence[Case], key: str, check: Callable[[Case], str | None], num_threads: int) -> dict[str, str]:
+    """Return what is wrong with the files under a key, by their path; the ranks share the work, and each knows all."""
+    mine, no_bar = cases[idist.get_rank() :: idist.get_world_size()], not parallel.shows_progress()
+    with ThreadPoolExecutor(max(1, num_threads)) as threads:
+        checks = threads.map(check, mine)
+        bar = tqdm(checks, total=len(mine), desc=f"checking {key}s", unit=key, leave=False, disable=no_bar)
+        found = {case[key]: problem for case, problem in zip(mine, bar, strict=True) if problem}
+    found = {path: problem for part in idist.all_gather(found) for path, problem in part.items()}
+    return {case[key]: found[case[key]] for case in cases if case[key] in found}
+
+
+def _listing(problems: dict[str, str]) -> str:
+    return "".join(f"\n  {path}: {problem}" for path, problem in problems.items())
 
 
 def volume_problem(
     path: str | Path, modality: str, in_chans: int = 1, spacing: Sequence[float] | None = None
 ) -> str | None:
-    """Say why a volume's file cannot be used, or None if it can; the arguments are those of :func:`check_cases`."""
+    """Say why a volume's file cannot be used, or None; arguments as of :func:`check_cases`."""
     try:
         with Path(path).open("rb") as file:  # whose errors say more than those of the readers
             if not file.read(1):
@@ -96,11 +105,10 @@ def volume_problem(
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         return f"has an affine that maps voxels to no place in space: {affine[:3].round(6).tolist()}"
     sides = np.asarray(image.pixdim)
-    if sides.min() < PLAUSIBLE_MM[0] or sides.max() > PLAUSIBLE_MM[1]:
-        return (
-            f"has voxels of {' x '.join(f'{side:g}' for side in sides)} mm, where {PLAUSIBLE_MM[0]:g} to "
-            f"{PLAUSIBLE_MM[1]:g} mm are plausible"
-        )
+    low, high = PLAUSIBLE_MM
+    if sides.min() < low or sides.max() > high:
+        has = " x ".join(f"{side:g}" for side in sides)
+        return f"has voxels of {has} mm, where {low:g} to {high:g} mm are plausible"
     if problem := voxel_problem(np.asarray(image), modality, in_chans):
         return problem
     resampled = resampled_shape(image, spacing).prod()
@@ -119,13 +127,7 @@ def resampled_shape(image: MetaTensor, spacing: Sequence[float] | None) -> np.nd
 
 
 def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str | None:
-    """Say why an array cannot be used as a volume, or None if it can.
-
-    Args:
-        voxels: ``(C, D, H, W)``.
-        modality: ``ct`` or ``mr``.
-        in_chans: what C must be.
-    """
+    """Say why an array ``(C, D, H, W)`` cannot be used as a volume, or None; arguments as of :func:`check_cases`."""
     channels, *shape = voxels.shape
     if len(shape) != 3:
         return f"has {len(shape)} dimensions {tuple(shape)} where 3 are needed"
@@ -143,29 +145,6 @@ def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str |
     return next((problem for problem in problems if problem), None)
 
 
-def check_labels(cases: list[Case], num_labels: int, num_threads: int = 4) -> list[Case]:
-    """Read every label map once, before training.
-
-    Args:
-        cases: with ``image`` and ``label``.
-        num_labels: labels besides background, numbered from 1.
-        num_threads: maps read at once.
-
-    Returns:
-        The cases.
-
-    Raises:
-        Mistake: naming each map that cannot be used, and why.
-    """
-    with ThreadPoolExecutor(max(1, num_threads)) as threads:
-        problems = threads.map(lambda case: _label_problem(case, num_labels), cases)
-        bad = [f"{case['label']}: {problem}" for case, problem in zip(cases, problems, strict=True) if problem]
-    if bad:
-        listing = "\n  ".join(bad)
-        raise Mistake(f"{len(bad)} of {len(cases)} label maps cannot be used:\n  {listing}")
-    return cases
-
-
 def _label_problem(case: Case, num_labels: int) -> str | None:
     load = Compose([LoadImage(image_only=True, dtype=None), EnsureChannelFirst()])
     try:
@@ -177,27 +156,21 @@ def _label_problem(case: Case, num_labels: int) -> str | None:
         return f"has shape {label.shape[1:]} where its image has {tuple(shape)}"
     found = np.unique(label)
     if not np.isin(found, np.arange(num_labels + 1)).all():
-        return (
-            f"holds the values {', '.join(f'{value:g}' for value in found[:8])} where 0 to {num_labels} are expected: "
-            "say by --num_labels how many there are"
-        )
+        values = ", ".join(f"{value:g}" for value in found[:8])
+        return f"holds the values {values} where 0 to {num_labels} are expected: say by --num_labels how many there are"
     return None
 
 
 def _channel_problem(voxels: np.ndarray, modality: str) -> str | None:
-    """Say why one channel cannot be used, or None if it can."""
     lowest, highest = voxels.min(), voxels.max()
     if lowest == highest:
         return f"is constant: every voxel is {lowest}"
+    spread = f"the range is {lowest:g} to {highest:g}"
     if modality == "ct" and lowest > CT_NEEDS_BELOW_HU:
-        return (
-            f"is not in Hounsfield units: no voxel is below {CT_NEEDS_BELOW_HU} HU (air is -1000), the range is "
-            f"{lowest:g} to {highest:g}; for MR use --modality mr"
-        )
+        needs = f"no voxel is below {CT_NEEDS_BELOW_HU} HU (air is -1000)"
+        return f"is not in Hounsfield units: {needs}, {spread}; for MR use --modality mr"
     if modality == "ct" and highest < CT_NEEDS_ABOVE_HU:
-        return (
-            f"holds nothing but air: no voxel is above {CT_NEEDS_ABOVE_HU} HU, the range is {lowest:g} to {highest:g}"
-        )
+        return f"holds nothing but air: no voxel is above {CT_NEEDS_ABOVE_HU} HU, {spread}"
     values = np.unique(voxels.ravel()[:: max(1, voxels.size // 100_000)])
     if len(values) <= LABEL_MAP_VALUES and np.array_equal(values, values.round()):
         return f"looks like a label map: its only values are {', '.join(f'{value:g}' for value in values)}"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, get_track_meta, set_track_meta
 from torch.utils.data import DistributedSampler
-
-from .. import parallel
 
 __all__ = ["Draw", "DrawSampler", "DrawnDataset"]
 
@@ -25,7 +24,7 @@ class Draw(NamedTuple):
 class DrawSampler(DistributedSampler):
     """Draw cases for training: full batches, every case of a dataset equally often, reproducible from seed and epoch.
 
-    A :class:`torch.utils.data.DistributedSampler`, so that MONAI's workflow calls ``set_epoch``; the draws of one
+    It is a :class:`torch.utils.data.DistributedSampler`, so that MONAI's workflow calls ``set_epoch``. The draws of one
     global batch are dealt to the ranks in turn, so that any number of ranks trains on the same global batches.
 
     Args:
@@ -35,7 +34,7 @@ class DrawSampler(DistributedSampler):
         seed: of the run.
         sharded: each rank has a dataset of its own, every ``num_replicas``-th case from ``rank`` on, and draws from
             that; otherwise all have the same one.
-        num_replicas: ranks; default: those of torch.distributed, or one.
+        num_replicas: ranks; default: those of this run.
         rank: this one.
     """
 
@@ -50,8 +49,8 @@ class DrawSampler(DistributedSampler):
         rank: int | None = None,
     ) -> None:
         if num_replicas is None:
-            num_replicas, rank = parallel.world_size(), parallel.rank()
-        super().__init__(range(num_cases), num_replicas=num_replicas, rank=rank, seed=seed)
+            num_replicas, rank = idist.get_world_size(), idist.get_rank()
+        super().__init__(range(num_cases), num_replicas, rank, seed=seed)
         self.num_cases, self.batch_size = num_cases, batch_size
         self.sharded = sharded and num_replicas > 1
         self.global_batch = batch_size * num_replicas
@@ -76,11 +75,10 @@ class DrawSampler(DistributedSampler):
         """Return this rank's draw at a place of its batch, iterations counted from 0 over the whole run."""
         number = iteration * self.global_batch + self.rank * self.batch_size + place
         seed = np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0]
+        cases, shard = self.num_cases, []
         if self.sharded:
             cases, shard = len(range(self.rank, self.num_cases, self.num_replicas)), [self.rank]
             number = iteration * self.batch_size + place
-        else:
-            cases, shard = self.num_cases, []
         pass_number, place_in_pass = divmod(number, cases)
         # Every pass over the cases is a shuffle of its own, so all are seen equally often.
         order = np.random.default_rng([self.seed, pass_number, *shard]).permutation(cases)

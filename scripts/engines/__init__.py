@@ -1,20 +1,7 @@
-"""The training loop on MONAI's engines: batches, inferers, trainers, and the GradientConductor."""
+"""Loops on MONAI's engines: batches, inferers, trainers, the GradientConductor, and volumes answered one by one."""
 
-from .batches import PrepareMaskedBatch, PrepareWholeBatch
-from .conductor import ConductorTrainer, GradientConductor
-from .inferers import AutocastInferer, FeatureWindowInferer, LogitsInferer, LogitsWindowInferer, autocast_dtype
-from .trainer import MAETrainer, NonFiniteLossError
-
-__all__ = [
-    "AutocastInferer",
-    "ConductorTrainer",
-    "FeatureWindowInferer",
-    "GradientConductor",
-    "LogitsInferer",
-    "LogitsWindowInferer",
-    "MAETrainer",
-    "NonFiniteLossError",
-    "PrepareMaskedBatch",
-    "PrepareWholeBatch",
-    "autocast_dtype",
-]
+from .batches import *
+from .conductor import *
+from .inferers import *
+from .trainer import *
+from .volumes import *

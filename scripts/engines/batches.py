@@ -30,11 +30,10 @@ class PrepareWholeBatch(PrepareBatch):
 
     def __call__(
         self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
-    ) -> tuple[Tensor, Tensor, tuple, dict]:
-        """Return the volume ``(B, C, D, H, W)`` and the target patches ``(B, N, P³·C)``.
+    ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
+        """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and no other arguments.
 
-        The target is the volume itself, or ``target`` where the batch has one: a volume whose intensities were not
-        augmented.
+        The target is ``target`` where the batch has one, a volume whose intensities were not augmented.
         """
         volume = batchdata[Keys.IMAGE].to(device, non_blocking=non_blocking)
         target = batchdata["target"].to(device, non_blocking=non_blocking) if "target" in batchdata else volume
@@ -42,22 +41,18 @@ class PrepareWholeBatch(PrepareBatch):
 
 
 class PrepareMaskedBatch(PrepareWholeBatch):
-    """Turn a batch of the data loader into the network's arguments, with a mask drawn from each volume's seed.
+    """The same, with a mask drawn from each volume's seed.
 
     Training draws come with a seed of their own; that of a validation case follows from its name. So the mask is new
     at every draw in training, and the same at every epoch in validation.
 
     Args:
         patch_size: P, in voxels.
-        mask_ratio: share of the valid patches to hide, in (0, 1).
+        mask_ratio: share of the valid patches to hide; must lie in (0, 1).
         seed: of the run.
-        min_valid_share: where the batch has a ``fov`` ``(B, 1, D, H, W)``, a patch is valid when more of its voxels lie
-            inside.
-        augmentation: of the input alone, the target stays as it is: a transform of ``{"image": (C, D, H, W)}``, applied
-            to each volume of a training batch on the network's device, and seeded by the volume's seed.
-
-    Raises:
-        Mistake: for another ``mask_ratio``.
+        min_valid_share: a patch is valid when more of its voxels lie in the ``fov`` ``(B, 1, D, H, W)``, where one is.
+        augmentation: of the input alone, not of the target: transforms of ``{"image": (C, D, H, W)}``, applied to each
+            volume of a training batch on the network's device, and seeded by the volume's seed.
     """
 
     def __init__(
@@ -68,33 +63,30 @@ class PrepareMaskedBatch(PrepareWholeBatch):
         min_valid_share: float = 0.95,
         augmentation: Sequence[Callable] | None = None,
     ) -> None:
+        super().__init__(patch_size)
         if not 0 < mask_ratio < 1:
             raise Mistake(f"mask_ratio {mask_ratio} must lie in (0, 1) to train on, for example 0.75")
-        super().__init__(patch_size)
         self.mask_ratio, self.seed, self.min_valid_share = mask_ratio, seed, min_valid_share
         self.augmentation = Compose(augmentation) if augmentation else None
 
     def __call__(
-        self,
-        batchdata: dict[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
-        """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and the masks by keyword."""
-        volume, target, *_ = super().__call__(batchdata, device, non_blocking, **kwargs)
+        """Return volume and target as :class:`PrepareWholeBatch`, and the masks by keyword."""
+        volume, target, *_ = super().__call__(batchdata, device, non_blocking)
         if "seed" in batchdata:
             seeds = batchdata["seed"].tolist()
         else:
             seeds = [case_seed(case, self.seed) for case in batchdata["case"]]
         if self.augmentation is not None:
             volume = torch.stack([self._augmented(*pair) for pair in zip(volume, seeds, strict=True)])
-        if "fov" not in batchdata:
-            masked = random_masking(torch.ones(target.shape[:2], dtype=torch.bool), self.mask_ratio, seeds)
-            return volume, target, (), {"masked": masked.to(device, non_blocking=non_blocking)}
-        valid = valid_patches(batchdata["fov"].to(device), self.patch_size, self.min_valid_share)
-        masked = random_masking(valid, self.mask_ratio, seeds)
-        return volume, target, (), {"masked": masked, "valid_for_masking_mask": valid}
+        masks = {}
+        valid = torch.ones(target.shape[:2], dtype=torch.bool)
+        if "fov" in batchdata:
+            valid = valid_patches(batchdata["fov"].to(device), self.patch_size, self.min_valid_share)
+            masks["valid_for_masking_mask"] = valid
+        masks["masked"] = random_masking(valid, self.mask_ratio, seeds).to(device, non_blocking=non_blocking)
+        return volume, target, (), masks
 
     def _augmented(self, volume: Tensor, seed: int) -> Tensor:
         self.augmentation.set_random_state(seed=seed % 2**32)

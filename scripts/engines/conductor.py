@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 
-from .. import parallel
+from ..losses import MaskedLoss
 from ..mistakes import Mistake
 from .trainer import MAETrainer
 
@@ -38,9 +38,9 @@ class GradientConductor(torch.optim.Optimizer):
         params: parameters; one group.
         lr: rate; in sign mode relative to the norm of each tensor.
         momentum: of the moving average of the merged gradient, corrected for its start at zero.
-        mode: ``smooth``: how much is given up depends smoothly on the cosine; ``zone``: by the zone it lies in.
-        sign: update by the sign of the average, scaled by the trust ratio of each tensor (parameter norm over
-            gradient norm); otherwise by the average itself times ``lr``.
+        mode: how much is given up depends on the cosine (``smooth``) or on the zone it lies in (``zone``).
+        sign: update by the sign of the average times the trust ratio of each tensor (parameter norm over gradient
+            norm); otherwise by the average itself.
         trust_clip: largest trust ratio.
         thresholds: cosines that separate the zones: critical, main, weak.
         remap_power: in smooth mode, the power that bends the angle between critical and main.
@@ -51,7 +51,7 @@ class GradientConductor(torch.optim.Optimizer):
         weight_decay: decoupled, times ``lr``.
 
     Raises:
-        Mistake: for settings out of range.
+        Mistake: for settings out of range, or several groups of parameters.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class GradientConductor(torch.optim.Optimizer):
             raise Mistake(f"mode {mode!r} must be 'smooth' or 'zone'")
         if not -1 <= thresholds[0] < thresholds[1] < thresholds[2] <= 1:
             raise Mistake(f"thresholds {tuple(thresholds)} must rise within [-1, 1], for example (-0.8, -0.5, 0.0)")
-        for name, value in (("momentum", momentum), ("norm_decay", norm_decay)):
+        for name, value in {"momentum": momentum, "norm_decay": norm_decay}.items():
             if not 0 <= value < 1:
                 raise Mistake(f"{name} {value} must lie in [0, 1), for example 0.9")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -88,53 +88,48 @@ class GradientConductor(torch.optim.Optimizer):
         self.norm_averages: dict[str, float] = {}
         self.previous: dict[str, Tensor] = {}
         self.recent_winners: deque[str] = deque(maxlen=max(1, dominance_window))
-        #: Of the last merge: `norms` of the tasks, `cosines` of all pairs before it, and of the conflicts resolved the
-        #: `conflicts` (pair and cosine) and the `winners`.
-        self.statistics: dict[str, Any] = {}
+        self.statistics: dict[str, Any] = {}  # of the last merge
 
     @torch.no_grad()
     def merge(self, task_gradients: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor]:
         """Merge one gradient a task into ``.grad`` of the parameters.
 
-        With torch.distributed initialised, every task's gradient is averaged over the ranks first, so that all judge
-        the same conflicts and decide alike: hand in the gradients of this rank's own batch.
+        Each task's gradient is averaged over the ranks first, so that all judge the same conflicts and decide alike.
 
         Args:
-            task_gradients: for each task a list in the order of the parameters; None stands for zeros.
+            task_gradients: of this rank's own batch, for each task a list in the order of the parameters; None stands
+                for zeros.
 
         Returns:
-            The merged gradients, float32, in the order of the parameters; they are also set as ``.grad``.
+            What is set as ``.grad``, but float32.
 
         Raises:
-            Mistake: when a list does not match the parameters.
+            ValueError: when a list does not match the parameters.
         """
         parameters = self.param_groups[0]["params"]
-        tasks = {name: self._flatten(name, gradients, parameters) for name, gradients in task_gradients.items()}
-        if parallel.world_size() > 1:
-            for gradient in tasks.values():
-                dist.all_reduce(gradient)
-                gradient /= parallel.world_size()
+        tasks = {name: _flatten(name, gradients, parameters) for name, gradients in task_gradients.items()}
+        if (ranks := idist.get_world_size()) > 1:
+            tasks = {name: idist.all_reduce(gradient).div_(ranks) for name, gradient in tasks.items()}
         norms = {name: gradient.norm().item() for name, gradient in tasks.items()}
         for name, norm in norms.items():
-            self.norm_averages[name] = (
-                self.norm_decay * self.norm_averages.get(name, 1.0) + (1 - self.norm_decay) * norm
-            )
+            before = self.norm_averages.get(name, 1.0)
+            self.norm_averages[name] = self.norm_decay * before + (1 - self.norm_decay) * norm
         cosines = _pair_cosines(tasks)
+        # Norms and cosines before the merge; of the conflicts that it resolves pair and cosine, and who won.
         self.statistics = {"norms": norms, "cosines": cosines, "conflicts": [], "winners": []}
         for settled in range(self.max_iterations):
-            if settled:
-                cosines = _pair_cosines(tasks)
-            if not self._resolve_worst(tasks, cosines):
+            cosines = _pair_cosines(tasks) if settled else cosines
+            worst = min(cosines, key=cosines.__getitem__, default=None)
+            if worst is None or cosines[worst] >= self.weak:
                 break
+            self._resolve(tasks, *worst, cosines[worst])
         merged = torch.stack(list(tasks.values())).sum(dim=0)
         self.previous = tasks
         # The reference adds the other tasks up in the first one's buffer, so that this is what it remembers of the
         # first task. Kept: its published figures, and the tensors that this class is tested against, depend on it.
         self.previous[next(iter(tasks))] = merged.clone()
-        gradients = [
-            part.view_as(parameter)
-            for part, parameter in zip(merged.split([p.numel() for p in parameters]), parameters, strict=True)
-        ]
+        parts = merged.split([parameter.numel() for parameter in parameters])
+        gradients = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         return gradients
@@ -142,10 +137,7 @@ class GradientConductor(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Apply one update from ``.grad``: ``p ← p − update``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self.steps += 1
         group = self.param_groups[0]
         for parameter in group["params"]:
@@ -157,7 +149,7 @@ class GradientConductor(torch.optim.Optimizer):
             average = state["average"].lerp_(parameter.grad.float(), 1 - self.momentum)
             update = average / (1 - self.momentum**self.steps)
             if self.sign:
-                update = update.sign() * self._trust_ratio(parameter, update)
+                update = update.sign() * _trust_ratio(parameter, update, self.trust_clip)
             if group["weight_decay"]:
                 update = update + group["weight_decay"] * parameter
             parameter.sub_(group["lr"] * update)
@@ -165,14 +157,8 @@ class GradientConductor(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next merge and step depend on, as tensors and plain values."""
-        return super().state_dict() | {
-            "conductor": {
-                "steps": self.steps,
-                "norm_averages": dict(self.norm_averages),
-                "previous": dict(self.previous),
-                "recent_winners": list(self.recent_winners),
-            }
-        }
+        conductor = {"steps": self.steps, "norm_averages": dict(self.norm_averages), "previous": dict(self.previous)}
+        return super().state_dict() | {"conductor": conductor | {"recent_winners": list(self.recent_winners)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
@@ -185,24 +171,8 @@ class GradientConductor(torch.optim.Optimizer):
         for state in self.state.values():
             state["average"] = state["average"].float()  # torch casts it to the parameter's type
 
-    @staticmethod
-    def _flatten(name: str, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-        if len(gradients) != len(parameters):
-            raise ValueError(f"task {name!r} has {len(gradients)} gradients for {len(parameters)} parameters")
-        parts = [
-            torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
-        return torch.cat([part.flatten() for part in parts])
-
-    def _resolve_worst(self, tasks: dict[str, Tensor], cosines: Mapping[tuple[str, str], float]) -> bool:
-        """Settle the conflict of the pair that disagrees most; False when no pair is in conflict."""
-        if not cosines:
-            return False
-        first, second = min(cosines, key=cosines.__getitem__)
-        cosine = cosines[first, second]
-        if cosine >= self.weak:
-            return False
+    def _resolve(self, tasks: dict[str, Tensor], first: str, second: str, cosine: float) -> None:
+        """Settle the conflict of a pair: change its gradients in ``tasks``."""
         winner, loser = self._arbitrate(tasks, first, second)
         self.statistics["conflicts"].append((first, second, cosine))
         self.statistics["winners"].append(winner)
@@ -214,7 +184,6 @@ class GradientConductor(torch.optim.Optimizer):
             tasks[loser] = torch.zeros_like(lost)
         else:
             tasks[loser] = lost - give_loser * product / (won.square().sum() + SMALL) * won
-        return True
 
     def _arbitrate(self, tasks: dict[str, Tensor], first: str, second: str) -> tuple[str, str]:
         """Return winner and loser of a pair."""
@@ -226,8 +195,7 @@ class GradientConductor(torch.optim.Optimizer):
             return self.arbiter_weights[0] * agreement + self.arbiter_weights[1] * share
 
         winner, loser = (first, second) if score(first) >= score(second) else (second, first)
-        won_all = len(self.recent_winners) == self.dominance_window and set(self.recent_winners) == {winner}
-        if self.dominance_window and won_all:
+        if self.dominance_window and list(self.recent_winners) == [winner] * self.dominance_window:
             winner, loser = loser, winner
         self.recent_winners.append(winner)
         return winner, loser
@@ -245,10 +213,18 @@ class GradientConductor(torch.optim.Optimizer):
             angle = math.pi
         return math.sin(angle), math.sin(min(angle, math.pi / 2))
 
-    def _trust_ratio(self, parameter: Tensor, update: Tensor) -> float | Tensor:
-        norm, size = parameter.float().norm(), update.norm()
-        usable = (norm > SMALL) & (size > SMALL)
-        return torch.where(usable, (norm / size.clamp(min=SMALL)).clamp(max=self.trust_clip), torch.ones_like(norm))
+
+def _flatten(name: str, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    if len(gradients) != len(parameters):
+        raise ValueError(f"task {name!r} has {len(gradients)} gradients for {len(parameters)} parameters")
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(own) if part is None else part).float().flatten() for part, own in pairs])
+
+
+def _trust_ratio(parameter: Tensor, update: Tensor, most: float) -> Tensor:
+    norm, size = parameter.float().norm(), update.norm()
+    usable = (norm > SMALL) & (size > SMALL)
+    return torch.where(usable, (norm / size.clamp(min=SMALL)).clamp(max=most), torch.ones_like(norm))
 
 
 def _pair_cosines(tasks: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
@@ -260,23 +236,18 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 class ConductorTrainer(MAETrainer):
-    """The trainer that drives a GradientConductor: one gradient a task, accumulated, merged, clipped and applied.
-
-    The tasks are those of the loss (:meth:`~bertswin_mae.losses.SumOfLosses.tasks`): every component of it, or every
-    one of several losses. Each takes a backward pass of its own.
+    """The trainer that drives a GradientConductor: one gradient a task of the loss, merged, clipped and applied.
 
     Args:
-        kwargs: of :class:`MAETrainer`, whose ``optimizer`` is a
-            :class:`~bertswin_mae.engines.GradientConductor`.
+        kwargs: of :class:`MAETrainer`, whose ``optimizer`` is a :class:`GradientConductor`.
 
     Raises:
-        Mistake: for half precision, whose scaled gradients cannot be weighed against each other; for a network that
-            is divided among the ranks; for a loss without tasks.
+        Mistake: for a loss without tasks, a network that is divided among the ranks, or half precision.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not hasattr(self.loss_function, "tasks"):
+        if not isinstance(self.loss_function, MaskedLoss):
             raise Mistake("the conductor takes the losses of pre-training: train_conductor.yaml goes with train.yaml")
         if any(isinstance(parameter, DTensor) for parameter in self.network.parameters()):
             raise Mistake("the conductor weighs whole gradients: it goes with --parallel ddp, not fsdp")
@@ -289,24 +260,21 @@ class ConductorTrainer(MAETrainer):
     def _start_gradient(self) -> None:
         self.task_gradients: dict[str, list[Tensor]] = {}
 
-    def _score(self, prediction: Any, target: Tensor) -> Tensor:
-        self.task_losses = self.loss_function.tasks(prediction, target)
-        return torch.stack(list(self.task_losses.values())).sum()
+    def _score(self, prediction: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, components = super()._score(prediction, target)
+        self.task_losses = self.loss_function.tasks(components)
+        return loss, components
 
     def _backward(self, loss: Tensor) -> None:
         parameters = self.optimizer.param_groups[0]["params"]
-        left = len(self.task_losses)
+        last = [*self.task_losses][-1]
         for task, part in self.task_losses.items():
-            left -= 1
             # `grad` leaves `.grad` alone, and with it the hooks by which DistributedDataParallel would average: the
             # conductor averages each task over the ranks itself, before it judges.
-            gradients = torch.autograd.grad(part / self.accumulation_steps, parameters, retain_graph=left > 0)
+            gradients = torch.autograd.grad(part / self.accumulation_steps, parameters, retain_graph=task != last)
             so_far = self.task_gradients.get(task, [0.0] * len(parameters))
             self.task_gradients[task] = [sums + new.float() for sums, new in zip(so_far, gradients, strict=True)]
 
     def _step(self) -> None:
         self.optimizer.merge(self.task_gradients)
-        self._clip()
-        self.optimizer.step()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+        super()._step()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import parallel
 from ..mistakes import Mistake
@@ -28,21 +29,16 @@ class NonFiniteLossError(Mistake):
 class MAETrainer(SupervisedTrainer):
     """MONAI's SupervisedTrainer with the masked loss, any device's autocast, clipping and a rate by step.
 
-    Beside what MONAI's leaves in ``state.output``, there are ``components``: what the loss is made of.
-
     Args:
         lr_scheduler: stepped after every optimiser step; default: a constant rate.
         clip_norm: largest norm of the whole gradient; default: no clipping.
-        kwargs: of :class:`monai.engines.SupervisedTrainer`. ``loss_function`` gets the network's output and the
-            target patches; ``inferer`` is an :class:`AutocastInferer`.
+        kwargs: of :class:`monai.engines.SupervisedTrainer`. ``loss_function`` gets the network's output and the target
+            patches, and may have a ``score`` that also returns what the loss is made of, for ``state.output``;
+            ``inferer`` is an :class:`AutocastInferer`.
     """
 
     def __init__(
-        self,
-        *,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-        clip_norm: float | None = None,
-        **kwargs: Any,
+        self, *, lr_scheduler: LRScheduler | None = None, clip_norm: float | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**{"decollate": False, "optim_set_to_none": True, **kwargs})
         self.lr_scheduler, self.clip_norm = lr_scheduler, clip_norm
@@ -53,20 +49,20 @@ class MAETrainer(SupervisedTrainer):
 
     def _iteration(self, engine: MAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
-        volume, target, args, kwargs = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
-        place = (engine.state.iteration - 1) % engine.state.epoch_length
-        is_last = (place + 1) % engine.accumulation_steps == 0 or place + 1 == engine.state.epoch_length
+        state = engine.state
+        volume, target, args, kwargs = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
+        place = (state.iteration - 1) % state.epoch_length
+        is_last = (place + 1) % engine.accumulation_steps == 0 or place + 1 == state.epoch_length
         engine.network.train()
         if place % engine.accumulation_steps == 0:
             engine._start_gradient()
-        engine.state.output = {Keys.IMAGE: volume, Keys.LABEL: target}
+        state.output = {Keys.IMAGE: volume, Keys.LABEL: target}
         with engine._synchronising(is_last):
-            prediction = engine.inferer(volume, engine.network, *args, **kwargs)
-            engine.state.output[Keys.PRED] = prediction
+            prediction = state.output[Keys.PRED] = engine.inferer(volume, engine.network, *args, **kwargs)
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-            loss = engine._score(prediction, target)
-            engine.state.output[Keys.LOSS] = loss
-            engine.state.output["components"] = getattr(engine.loss_function, "last_components", {})
+            loss, components = engine._score(prediction, target)
+            components = {name: component.detach() for name, component in components.items()}
+            state.output |= {Keys.LOSS: loss, "components": components}
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
             engine._refuse_if_any(None if torch.isfinite(loss) else f"the loss is {loss.item()}")
             engine._backward(loss)
@@ -76,7 +72,7 @@ class MAETrainer(SupervisedTrainer):
             engine._step()
             engine.is_stepping = False
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        return engine.state.output
+        return state.output
 
     def _synchronising(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Let gradients be averaged over the ranks at the last of the accumulated ones only."""
@@ -88,8 +84,10 @@ class MAETrainer(SupervisedTrainer):
     def _start_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=self.optim_set_to_none)
 
-    def _score(self, prediction: Any, target: Tensor) -> Tensor:
-        return self.loss_function(prediction, target)
+    def _score(self, prediction: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if hasattr(self.loss_function, "score"):
+            return self.loss_function.score(prediction, target)
+        return self.loss_function(prediction, target), {}
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss / self.accumulation_steps).backward()
@@ -114,9 +112,7 @@ class MAETrainer(SupervisedTrainer):
         """End the run in all ranks if anything is wrong in one of them."""
         state = self.state
         if what is not None:
-            what = (
-                f"{what} in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: "
-                "look at these volumes, or lower learning_rate"
-            )
-        if (problem := parallel.first_problem(what, state.device)) is not None:
+            what += f" in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: "
+            what += "look at these volumes, or lower learning_rate"
+        if (problem := parallel.first_problem(what)) is not None:
             raise NonFiniteLossError(problem)

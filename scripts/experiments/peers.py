@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from monai.networks.nets import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
 from ..mistakes import Mistake
-from ..networks.patches import random_masking, unpatchify
-from ..weights.pretrained import load_network, load_state_dict
+from ..networks import random_masking, unpatchify
+from ..weights import fill, read_weights
 
 __all__ = ["ViTEncoder", "ViTMAE", "load_vit_encoder"]
 
@@ -21,21 +22,11 @@ class ViTMAE(MaskedAutoEncoderViT):
     """MONAI's :class:`~monai.networks.nets.MaskedAutoEncoderViT`, trained by the same loop with the same masks.
 
     Network, weights and their names are MONAI's; here it takes a mask from outside, gives back what the losses and the
-    figures look at, and runs under autocast.
-
-    Args:
-        img_size: volume size in voxels, D, H, W; a multiple of ``patch_size``.
-        patch_size: P, in voxels.
-        in_chans: image channels.
-        encoder_embed_dim: token width; a multiple of 6 and of the heads.
-        encoder_depth: transformer blocks.
-        encoder_num_heads: attention heads.
-        decoder_embed_dim: token width of the decoder's blocks; a multiple of 6 and of the heads.
-        decoder_depth: transformer blocks of the decoder.
-        mask_ratio: share of the patches to hide, in (0, 1).
+    figures look at, and runs under autocast. The arguments are those of :class:`~bertswin_mae.networks.BertsWinMAE`,
+    for transformer blocks in the encoder and in the decoder, which has as many heads.
 
     Raises:
-        Mistake: for a width that cannot be divided so.
+        Mistake: for a width that is no multiple of 6 and of the heads.
     """
 
     def __init__(
@@ -76,16 +67,11 @@ class ViTMAE(MaskedAutoEncoderViT):
     ) -> dict[str, Tensor]:
         """Hide patches and rebuild the volume.
 
-        Args:
-            volume: ``(B, C, D, H, W)``.
-            valid_for_masking_mask: must be None: this network has no place for patches outside the field of view.
-            masked: ``(B, N)`` bool, True = hidden, as many in each volume. Default: drawn at random.
-
-        Returns:
-            As :class:`~bertswin_mae.networks.BertsWinMAE`.
+        Arguments and outputs are those of :class:`~bertswin_mae.networks.BertsWinMAE`; as many patches are hidden in
+        each volume.
 
         Raises:
-            Mistake: for patches outside the field of view.
+            Mistake: for patches outside the field of view, for which this network has no place.
         """
         if valid_for_masking_mask is not None:
             raise Mistake("MONAI's ViT-MAE hides any patch: choose --field_of_view none")
@@ -94,9 +80,9 @@ class ViTMAE(MaskedAutoEncoderViT):
             masked = random_masking(valid, self.masking_ratio)
         # MONAI's forward hands on what it gets to `_masking`.
         patches, hidden = super().forward(volume, masking_ratio=masked)
-        grid_size = [side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True)]
+        patch_size = self.patch_size[0]
         return {
-            "reconstructed_cube": unpatchify(patches, self.patch_size[0], grid_size),
+            "reconstructed_cube": unpatchify(patches, patch_size, [side // patch_size for side in self.img_size]),
             "reconstructed_patches": patches,
             "mae_mask_1d": hidden.float(),
             "valid_for_masking_mask": valid,
@@ -110,64 +96,50 @@ class ViTMAE(MaskedAutoEncoderViT):
 
 
 class ViTEncoder(nn.Module):
-    """The encoder of :class:`ViTMAE`, on whole volumes, as a feature extractor with skips.
-
-    Args:
-        img_size: volume size in voxels, D, H, W; a multiple of ``patch_size``.
-        patch_size: P, in voxels.
-        in_chans: image channels.
-        encoder_embed_dim: token width; a multiple of 6 and of the heads.
-        encoder_depth: transformer blocks.
-        encoder_num_heads: attention heads.
-    """
+    """The encoder of :class:`ViTMAE`, whose arguments these are, as a feature extractor with skips."""
 
     def __init__(
         self,
         img_size: Sequence[int],
-        patch_size: int = 16,
-        in_chans: int = 1,
-        encoder_embed_dim: int = 768,
-        encoder_depth: int = 12,
-        encoder_num_heads: int = 12,
+        patch_size: int,
+        in_chans: int,
+        encoder_embed_dim: int,
+        encoder_depth: int,
+        encoder_num_heads: int,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size, self.in_chans = tuple(img_size), patch_size, in_chans
-        whole = ViTMAE(
-            img_size, patch_size, in_chans, encoder_embed_dim, encoder_depth, encoder_num_heads, 6 * encoder_num_heads
-        )
-        self.cls_token, self.patch_embedding, self.blocks = whole.cls_token, whole.patch_embedding, whole.blocks
+        width, heads = encoder_embed_dim, encoder_num_heads
+        network = ViTMAE(img_size, patch_size, in_chans, width, encoder_depth, heads, 6 * heads)
+        self.cls_token, self.patch_embedding, self.blocks = network.cls_token, network.patch_embedding, network.blocks
 
     def forward(self, volume: Tensor) -> Tensor:
         """Map ``(B, in_chans, *img_size)`` to ``(B, C, D/P, H/P, W/P)``."""
         return self.forward_with_skips(volume)[-1]
 
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
-        """As :meth:`forward`, and before that what UNETR takes: hidden states at even distances, shallowest first.
-
-        There is one for every level between the image and the grid of tokens: log2(P) - 1.
-        """
+        """Return log2(P) - 1 hidden states at even distances, shallowest first, as UNETR takes, then the features."""
         tokens = self.patch_embedding(volume)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         *blocks, norm = self.blocks
         states = [tokens := block(tokens) for block in blocks]
         levels = self.patch_size.bit_length() - 1
         chosen = [states[len(states) * level // levels] for level in range(1, levels)]
-        return tuple(self._on_grid(state) for state in (*chosen, norm(tokens)))
-
-    def _on_grid(self, tokens: Tensor) -> Tensor:
         d, h, w = (side // self.patch_size for side in self.img_size)
-        return rearrange(tokens[:, 1:], "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+        on_grid = partial(rearrange, pattern="b (d h w) c -> b c d h w", d=d, h=h, w=w)
+        return tuple(on_grid(state[:, 1:]) for state in (*chosen, norm(tokens)))
 
 
-def load_vit_encoder(encoder: ViTEncoder, checkpoint: str | Path) -> ViTEncoder:
+def load_vit_encoder(encoder: ViTEncoder, pretrained: str | Path | None, required: bool = True) -> ViTEncoder:
     """Fill an encoder from ``model.pt`` of a pre-training of :class:`ViTMAE`.
 
     Raises:
-        Mistake: when there is no such file, or it does not fit.
+        Mistake: when it does not fit, or there is none although it is required.
     """
-    if checkpoint is None:
+    if pretrained is None and not required:
+        return encoder  # as it was initialised
+    if pretrained is None:
         raise Mistake("give --pretrained, the model.pt of a pre-training with peers/vit_mae.yaml")
-    weights = load_state_dict(checkpoint)
     parts = ("cls_token", "patch_embedding.", "blocks.")
-    load_network(encoder, {n: w for n, w in weights.items() if n.startswith(parts)}, checkpoint)
-    return encoder
+    weights = {name: value for name, value in read_weights(pretrained).items() if name.startswith(parts)}
+    return fill(encoder, weights, pretrained)

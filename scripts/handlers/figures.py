@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,9 +14,8 @@ from matplotlib.figure import Figure
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from .. import parallel
 from ..losses import MaskedL2Loss
-from ..metrics import _assembled, _voxel_mask, composite
+from ..metrics import assemble, composite, voxel_mask
 
 __all__ = ["ReconstructionFigures", "RestoreIntensities"]
 
@@ -44,7 +44,7 @@ class RestoreIntensities:
         """Replace the volume in the network's output."""
         volume, target, prediction = (engine.state.output[key] for key in (Keys.IMAGE, Keys.LABEL, Keys.PRED))
         patches = self.loss.restore(prediction["reconstructed_patches"], target)
-        prediction["reconstructed_cube"] = _assembled(patches, volume)
+        prediction["reconstructed_cube"] = assemble(patches, volume)
 
 
 class ReconstructionFigures:
@@ -65,7 +65,7 @@ class ReconstructionFigures:
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
-        if parallel.rank() == 0:
+        if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self.rows.clear())
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
@@ -79,8 +79,8 @@ class ReconstructionFigures:
         if len(self.rows) >= self.num_volumes or not self.is_due(engine.state.epoch):
             return
         volume, prediction = engine.state.output[Keys.IMAGE], engine.state.output[Keys.PRED]
-        hidden = _voxel_mask(volume, prediction["mae_mask_1d"])
-        outside = ~_voxel_mask(volume, prediction["valid_for_masking_mask"])
+        hidden = voxel_mask(volume, prediction["mae_mask_1d"])
+        outside = ~voxel_mask(volume, prediction["valid_for_masking_mask"])
         seen = volume.masked_fill(hidden, HIDDEN).masked_fill(outside, OUTSIDE)
         panels = (volume, seen, composite(volume, prediction))
         for place, case in enumerate(engine.state.batch["case"]):
@@ -92,11 +92,8 @@ class ReconstructionFigures:
         epoch = engine.state.epoch
         if self.rows:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _draw_panels(
-                self.rows,
-                self.folder / f"epoch_{epoch:04d}.png",
-                title=f"epoch {epoch}   (blue: hidden, olive: outside the field of view)",
-            )
+            title = f"epoch {epoch}   (blue: hidden, olive: outside the field of view)"
+            _draw_panels(self.rows, self.folder / f"epoch_{epoch:04d}.png", title)
 
 
 def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:

@@ -17,7 +17,6 @@ from ignite.engine import Engine, Events, State
 from monai.utils import CommonKeys as Keys
 from torch.utils.tensorboard import SummaryWriter
 
-from .. import parallel
 from ..engines.trainer import NonFiniteLossError
 from ..weights import checkpoints
 
@@ -59,13 +58,10 @@ class MetricsRecorder:
 
     def start_epoch(self, engine: Engine) -> None:
         """Forget the last epoch's losses; an epoch that goes on keeps its own."""
-        state = engine.state
-        goes_on = getattr(state, "epoch_goes_on", False)
+        state, self.started = engine.state, time.monotonic()
+        if not getattr(state, "epoch_goes_on", False):
+            state.epoch_losses, state.learning_rate = [], engine.optimizer.param_groups[0]["lr"]
         state.epoch_goes_on = False
-        self.started = time.monotonic()
-        if not goes_on:
-            state.epoch_losses = []
-            state.learning_rate = engine.optimizer.param_groups[0]["lr"]
 
     def add_loss(self, engine: Engine) -> None:
         """Keep an iteration's loss, and its components where there are several."""
@@ -88,15 +84,9 @@ class MetricsRecorder:
             metrics = self.validator.state.metrics
             record |= {name: value for name, value in metrics.items() if isinstance(value, int | float)}
             self._refuse_non_finite(state)
-        record = {
-            "epoch": state.epoch,
-            "iteration": state.iteration,
-            "learning_rate": state.learning_rate,
-            "train_loss": None,
-            **record,
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
-        if validated and parallel.rank() == 0:
+        place = {"epoch": state.epoch, "iteration": state.iteration, "learning_rate": state.learning_rate}
+        record = {**place, "train_loss": None, **record, "seconds": round(time.monotonic() - self.started, 3)}
+        if validated and idist.get_rank() == 0:
             self._write(record)
         figures = "  ".join(
             f"{name.removeprefix('val_')} {value:.4g}"

@@ -6,40 +6,36 @@ import logging
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
+from monai import handlers
 
-__all__ = ["EarlyStopping", "ValidateAtEnds"]
+__all__ = ["EarlyStopping", "ValidationHandler"]
 
 logger = logging.getLogger(__name__)
 
 
-class ValidateAtEnds:
-    """Validate before the first epoch, as epoch 0, and after the last: what a ValidationHandler leaves out.
+class ValidationHandler(handlers.ValidationHandler):
+    """MONAI's ValidationHandler by epoch, which validates after the last epoch whatever the interval.
+
+    With ``exec_at_start`` it validates before training, as epoch 0, unless the run continues an earlier one.
 
     Args:
-        validator: the evaluator.
-        interval: the ValidationHandler's epochs between two validations.
-        first: validate before training, unless the run continues an earlier one.
+        kwargs: of :class:`monai.handlers.ValidationHandler`.
     """
-
-    def __init__(self, validator: Engine, interval: int = 1, first: bool = False) -> None:
-        self.validator, self.interval, self.first = validator, interval, first
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
-        if self.first:
-            engine.add_event_handler(Events.STARTED, self.validate_first)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.validate_last)
+        is_due = Events.EPOCH_COMPLETED(
+            event_filter=lambda trainer, epoch: epoch % self.interval == 0 or epoch == trainer.state.max_epochs
+        )
+        engine.add_event_handler(is_due, self)
+        if self.exec_at_start:
+            engine.add_event_handler(Events.STARTED, self.validate_untrained)
 
-    def validate_first(self, engine: Engine) -> None:
+    def validate_untrained(self, engine: Engine) -> None:
         """Run the evaluator before training."""
         if engine.state.iteration == 0:
             self.validator.run(1)  # MONAI's evaluators count from one
             self.validator.state.best_metric_epoch = 0
-
-    def validate_last(self, engine: Engine) -> None:
-        """Run the evaluator after the last epoch, if the interval left it out."""
-        if engine.state.epoch == engine.state.max_epochs and engine.state.epoch % self.interval:
-            self.validator.run(engine.state.epoch)
 
 
 class EarlyStopping:

@@ -17,23 +17,14 @@ from .swin import maybe_checkpointed
 
 __all__ = ["BertsWinMAE", "ConvDecoder", "bertswin_mae_base_patch16_224", "bertswin_mae_small_patch8_48x64x48"]
 
-# Strides of the three up-sampling stages; the product is the patch size.
-UPSAMPLING = {2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (4, 2, 2), 32: (4, 4, 2), 64: (4, 4, 4)}
+# Of the decoder's three stages, by patch size, which is their product.
+UPSAMPLING_STRIDES = {2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (4, 2, 2), 32: (4, 4, 2), 64: (4, 4, 4)}
 
 
 class ConvDecoder(nn.Module):
     """Light decoder: a linear layer and three up-sampling convolutions turn the grid of tokens back into voxels.
 
-    No kernel reaches over the border of what it unfolds, so the convolutions are products of matrices, and only the
-    last voxels need to be put in their places. (That also keeps the channels first for the group norms, which PyTorch
-    computes a thousand times less exactly with the channels last, in float32 on the CPU.)
-
-    Args:
-        encoder_embed_dim: width of the tokens.
-        decoder_embed_dim: width of the first up-sampling stage's input.
-        patch_size: P, voxels a token stands for along each axis.
-        out_channels: image channels.
-        activation_checkpointing: in training, compute activations again on the way back instead of keeping them.
+    Takes arguments of :class:`BertsWinMAE`; ``out_channels`` are its ``in_chans``.
     """
 
     def __init__(
@@ -45,34 +36,65 @@ class ConvDecoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.activation_checkpointing, self.patch_size = activation_checkpointing, patch_size
-        first, second, third = UPSAMPLING[patch_size]
+        self.patch_size, self.activation_checkpointing = patch_size, activation_checkpointing
+        first, second, third = UPSAMPLING_STRIDES[patch_size]
         self.embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
         self.head = nn.Sequential(
-            _upsample(decoder_embed_dim, 64, first),
+            _upsampling(decoder_embed_dim, 64, first),
             nn.GroupNorm(8, 64),
             nn.GELU(),
-            _upsample(64, 16, second),
+            _upsampling(64, 16, second),
             nn.GroupNorm(4, 16),
             nn.GELU(),
-            _upsample(16, out_channels, third),
+            _upsampling(16, out_channels, third),
         )
         self.apply(initialise_weights)
-        order = _order_in_patch(out_channels, first, second, third)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``(B, C, D/P, H/P, W/P)`` to a volume ``(B, out_channels, D, H, W)``."""
-        return unpatchify(self.rebuild_patches(features), self.patch_size, features.shape[2:])
+        return unpatchify(self.reconstruct_patches(features), self.patch_size, features.shape[2:])
 
-    def rebuild_patches(self, features: Tensor) -> Tensor:
+    def reconstruct_patches(self, features: Tensor) -> Tensor:
         """Map features ``(B, C, D/P, H/P, W/P)`` to patches ``(B, N, P³ · out_channels)``."""
         hidden = self.embed(rearrange(features, "b c d h w -> b (d h w) c")).mT
-        for part in (self.head[:3], self.head[3:]):  # in two, so that only one holds its activations at a time
-            hidden = maybe_checkpointed(partial(_unfold, part), hidden, self.activation_checkpointing)
-        voxels = hidden.unflatten(2, (-1, features.shape[2:].numel())).flatten(1, 2)
-        return _VoxelsInPlace.apply(voxels, self.order, self.inverse_order)
+        for layers in (self.head[:3], self.head[3:]):  # checkpointed one by one: only one holds its activations
+            hidden = maybe_checkpointed(partial(_upsample, layers), hidden, self.activation_checkpointing)
+        strides = enumerate(UPSAMPLING_STRIDES[self.patch_size], start=1)
+        return rearrange(
+            hidden,
+            "b c (d3 h3 w3 d2 h2 w2 d1 h1 w1 n) -> b n (d1 d2 d3 h1 h2 h3 w1 w2 w3 c)",
+            **{f"{axis}{stage}": stride for stage, stride in strides for axis in "dhw"},
+        )
+
+
+def _upsampling(c_in: int, c_out: int, stride: int) -> nn.Module:
+    if stride == 1:
+        return nn.Conv3d(c_in, c_out, kernel_size=1)
+    return nn.ConvTranspose3d(c_in, c_out, kernel_size=stride, stride=stride)
+
+
+def _upsample(layers: nn.Sequential, hidden: Tensor) -> Tensor:
+    """Apply layers of the decoder's head with its convolutions as matrix products.
+
+    Kernels as large as their strides do not overlap, so that each place is unfolded by itself. FIGURE
+
+    Args:
+        layers: convolutions of :func:`_upsampling`, norms and activations.
+        hidden: ``(B, channels, M)``, M places in any order.
+
+    Returns:
+        ``(B, channels, k³ · M)``, the place within the kernel varying slowest.
+    """
+    for layer in layers:
+        if not isinstance(layer, nn.Conv3d | nn.ConvTranspose3d):
+            hidden = layer(hidden)
+            continue
+        weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose3d) else layer.weight
+        weight = rearrange(weight, "c_out c_in p q r -> (c_out p q r) c_in")
+        bias = layer.bias.repeat_interleave(len(weight) // layer.out_channels)
+        hidden = torch.baddbmm(bias[:, None], weight.expand(len(hidden), -1, -1), hidden)
+        hidden = rearrange(hidden, "b (c k) m -> b c (k m)", c=layer.out_channels)
+    return hidden
 
 
 class BertsWinMAE(nn.Module):
@@ -125,17 +147,17 @@ class BertsWinMAE(nn.Module):
             raise Mistake(f"decoder_embed_dim {decoder_embed_dim} must be positive, for example 512")
         self.mask_ratio = mask_ratio
         self.encoder = BertsWinEncoder(
-            img_size,
-            patch_size,
-            in_chans,
-            encoder_embed_dim,
-            encoder_depths,
-            encoder_num_heads,
-            swin_window_size,
-            stem_base_dim,
-            strict_stem,
-            blockwise_norm,
-            activation_checkpointing,
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            encoder_embed_dim=encoder_embed_dim,
+            encoder_depths=encoder_depths,
+            encoder_num_heads=encoder_num_heads,
+            swin_window_size=swin_window_size,
+            stem_base_dim=stem_base_dim,
+            strict_stem=strict_stem,
+            blockwise_norm=blockwise_norm,
+            activation_checkpointing=activation_checkpointing,
         )
         self.decoder = ConvDecoder(encoder_embed_dim, decoder_embed_dim, patch_size, in_chans, activation_checkpointing)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder_embed_dim))
@@ -159,7 +181,7 @@ class BertsWinMAE(nn.Module):
             ``valid_for_masking_mask`` ``(B, N)`` bool as it was given.
 
         Raises:
-            Mistake: when an argument has another shape or type.
+            ValueError: when an argument has another shape or type.
         """
         self.encoder.check_volume(volume)
         valid = self._patch_mask("valid_for_masking_mask", valid_for_masking_mask, volume)
@@ -168,7 +190,8 @@ class BertsWinMAE(nn.Module):
         else:
             masked = self._patch_mask("masked", masked, volume)
         tokens = self.embed_visible(volume, valid & ~masked)
-        patches = self.decoder.rebuild_patches(self.encoder.attend(tokens))
+        features = self.encoder.encode(tokens)  # the whole grid, mask tokens included
+        patches = self.decoder.reconstruct_patches(features)
         return {
             "reconstructed_cube": unpatchify(patches, self.encoder.patch_size, self.encoder.grid_size),
             "reconstructed_patches": patches,
@@ -177,19 +200,19 @@ class BertsWinMAE(nn.Module):
         }
 
     def embed_visible(self, volume: Tensor, visible: Tensor) -> Tensor:
-        """Run the stem on each visible patch alone and put a mask token everywhere else.
+        """Run the stem on each visible patch alone, and put a mask token everywhere else.
 
         Args:
             volume: ``(B, C, D, H, W)``.
             visible: ``(B, N)`` bool.
 
         Returns:
-            ``(B, encoder_embed_dim, D/P, H/P, W/P)``.
+            Tokens ``(B, encoder_embed_dim, D/P, H/P, W/P)``.
         """
         p = self.encoder.patch_size
         patches = rearrange(volume, "b c (d p) (h q) (w r) -> b (d h w) c p q r", p=p, q=p, r=p)
         # Patches go through alone: an overlapping kernel would see hidden voxels.
-        embedded = self.encoder.read(patches[visible]).flatten(1)
+        embedded = self.encoder.embed(patches[visible]).flatten(1)
         tokens = self.mask_token.repeat(*visible.shape, 1)
         tokens[visible] = embedded.to(tokens.dtype)
         d, h, w = self.encoder.grid_size
@@ -206,7 +229,8 @@ class BertsWinMAE(nn.Module):
             ``(B, encoder_embed_dim, D/P, H/P, W/P)``.
         """
         self.encoder.check_volume(volume)
-        return self.encoder.attend(self.embed_visible(volume, self._patch_mask("valid_mask", valid_mask, volume)))
+        valid = self._patch_mask("valid_mask", valid_mask, volume)
+        return self.encoder.encode(self.embed_visible(volume, valid))
 
     def extract_volumetric_features(
         self, volume: Tensor, return_skips: bool = False
@@ -215,24 +239,16 @@ class BertsWinMAE(nn.Module):
 
         Args:
             volume: ``(B, C, D, H, W)``.
-            return_skips: also return the output of every stem stage, finest first.
+            return_skips: also return a list of the stem stages' outputs, finest first.
 
         Returns:
-            ``(B, encoder_embed_dim, D/P, H/P, W/P)``, or that and the list of skips.
+            ``(B, encoder_embed_dim, D/P, H/P, W/P)``, or that and the skips.
         """
         *skips, features = self.encoder.forward_with_skips(volume)
         return (features, skips) if return_skips else features
 
     def extract_tokens(self, volume: Tensor, return_skips: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Run the stem alone on the whole volume, before positions and attention.
-
-        Args:
-            volume: ``(B, C, D, H, W)``.
-            return_skips: also return the output of every stem stage, finest first.
-
-        Returns:
-            ``(B, N, encoder_embed_dim)``, or that and the list of skips.
-        """
+        """Run the stem alone on the whole volume, arguments as before: ``(B, N, encoder_embed_dim)``, or with skips."""
         self.encoder.check_volume(volume)
         tokens, skips = self.encoder.stem.forward_with_skips(volume)
         tokens = rearrange(tokens, "b c d h w -> b (d h w) c")
@@ -268,52 +284,3 @@ def bertswin_mae_small_patch8_48x64x48(**overrides: Any) -> BertsWinMAE:
         "decoder_embed_dim": 256,
     }
     return BertsWinMAE(**(small | overrides))
-
-
-def _upsample(c_in: int, c_out: int, stride: int) -> nn.Module:
-    if stride == 1:
-        return nn.Conv3d(c_in, c_out, kernel_size=1)
-    return nn.ConvTranspose3d(c_in, c_out, kernel_size=stride, stride=stride)
-
-
-def _unfold(layers: nn.Sequential, hidden: Tensor) -> Tensor:
-    """Apply layers of the decoder's head to ``(B, channels, M)``: a convolution unfolds each of M places into k³."""
-    for layer in layers:
-        if isinstance(layer, nn.Conv3d | nn.ConvTranspose3d):
-            weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose3d) else layer.weight
-            weight = rearrange(weight, "c_out c_in p q r -> (c_out p q r) c_in")
-            bias = layer.bias.repeat_interleave(len(weight) // layer.out_channels)
-            hidden = torch.baddbmm(bias[:, None], weight.expand(len(hidden), -1, -1), hidden)
-            hidden = hidden.unflatten(1, (layer.out_channels, -1)).flatten(2)
-        else:
-            hidden = layer(hidden)
-    return hidden
-
-
-def _order_in_patch(channels: int, first: int, second: int, third: int) -> Tensor:
-    """Tell from which place each value of a patch comes, where the last stage's kernel varies slowest."""
-    places = torch.arange(channels * (first * second * third) ** 3)
-    return rearrange(
-        places,
-        "(c p3 q3 r3 p2 q2 r2 p1 q1 r1) -> (p1 p2 p3 q1 q2 q3 r1 r2 r3 c)",
-        **dict.fromkeys(("p1", "q1", "r1"), first),
-        **dict.fromkeys(("p2", "q2", "r2"), second),
-        **dict.fromkeys(("p3", "q3", "r3"), third),
-    )
-
-
-class _VoxelsInPlace(torch.autograd.Function):
-    """Turn ``(B, K, N)`` into ``(B, N, K)`` with the K values in another order: rows are gathered, then transposed.
-
-    One volume at a time, since PyTorch transposes matrices fast but not batches of them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, order: Tensor, inverse_order: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_order)
-        return torch.stack([value.index_select(0, order).T.contiguous() for value in values])
-
-    @staticmethod
-    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_order,) = ctx.saved_tensors
-        return torch.stack([grad.T.contiguous().index_select(0, inverse_order) for grad in grads]), None, None

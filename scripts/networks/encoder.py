@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from einops import rearrange
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
 from monai.utils import ensure_tuple
@@ -24,12 +24,8 @@ STEM_GROUPS = 4
 class BlockGroupNorm(nn.GroupNorm):
     """Group norm that normalises each block of a volume by itself, as if the blocks had come one at a time.
 
-    Same weights as :class:`torch.nn.GroupNorm`, and the same numbers on a single block.
-
-    Args:
-        num_groups: groups of channels.
-        num_channels: channels.
-        block_size: side of a block in voxels.
+    Weights are those of :class:`torch.nn.GroupNorm`, and so are the numbers on a single block. ``block_size`` is the
+    side of a block in voxels.
     """
 
     def __init__(self, num_groups: int, num_channels: int, block_size: int) -> None:
@@ -43,36 +39,12 @@ class BlockGroupNorm(nn.GroupNorm):
         return rearrange(super().forward(blocks), "(b d h w) c p q r -> b c (d p) (h q) (w r)", b=b, d=d, h=h, w=w)
 
 
-class PaddedConv(nn.Conv3d):
-    """A padded convolution of 3³ with stride 2, which spares a block of 2³, the end of a patch, the padding."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
-
-    def forward(self, volume: Tensor) -> Tensor:
-        """Map ``(B, in_channels, D, H, W)`` to ``(B, out_channels, ⌈D/2⌉, ⌈H/2⌉, ⌈W/2⌉)``."""
-        if tuple(volume.shape[2:]) == (2, 2, 2):  # 19 of the 27 taps meet nothing but padding
-            return nn.functional.conv3d(volume, self.weight[:, :, 1:, 1:, 1:])
-        return super().forward(volume)
-
-
 class PatchStem(nn.Module):
     """CNN stem that turns each P³ block of voxels into one token.
 
     log2(P) stages of ``Conv3d → GroupNorm(4) → GELU`` halve the volume and double the width, then a 1³ convolution
     projects to the token width. The default kernels (3³, stride 2) overlap; the strict ones (2³, stride 2) do not.
-
-    Args:
-        patch_size: P, a power of two from 2 to 64, in voxels.
-        in_chans: image channels.
-        base_dim: width of the first stage; a multiple of 4.
-        embed_dim: width of a token.
-        strict: non-overlapping kernels.
-        blockwise_norm: with strict kernels, normalise each patch's block by itself. The stem then computes the same
-            function on a whole volume as on its isolated patches, and needs no tuning.
-
-    Raises:
-        Mistake: when the settings cannot be built.
+    Takes arguments of :class:`~bertswin_mae.networks.BertsWinMAE`.
     """
 
     def __init__(
@@ -99,18 +71,15 @@ class PatchStem(nn.Module):
             )
         if in_chans < 1:
             raise Mistake(f"in_chans {in_chans} must be at least 1, the number of image channels")
-        num_stages = PATCH_SIZES.index(patch_size) + 1
-        widths = [in_chans, *(base_dim * 2**i for i in range(num_stages))]
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv3d(c_in, c_out, kernel_size=2, stride=2, bias=False) if strict else PaddedConv(c_in, c_out),
-                BlockGroupNorm(STEM_GROUPS, c_out, block_size=patch_size >> stage)
-                if blockwise_norm
-                else nn.GroupNorm(STEM_GROUPS, c_out),
-                nn.GELU(),
-            )
-            for stage, (c_in, c_out) in enumerate(pairwise(widths), start=1)
-        )
+        widths = [in_chans, *(base_dim * 2**stage for stage in range(PATCH_SIZES.index(patch_size) + 1))]
+        kernel = {"kernel_size": 2} if strict else {"kernel_size": 3, "padding": 1}
+        self.stages = nn.ModuleList()
+        for stage, (c_in, c_out) in enumerate(pairwise(widths), start=1):
+            conv = nn.Conv3d(c_in, c_out, stride=2, bias=False, **kernel)
+            norm = nn.GroupNorm(STEM_GROUPS, c_out)
+            if blockwise_norm:
+                norm = BlockGroupNorm(STEM_GROUPS, c_out, block_size=patch_size >> stage)
+            self.stages.append(nn.Sequential(conv, norm, nn.GELU()))
         self.proj = nn.Conv3d(widths[-1], embed_dim, kernel_size=1)
 
     def forward(self, volume: Tensor) -> Tensor:
@@ -120,10 +89,6 @@ class PatchStem(nn.Module):
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As :meth:`forward`, and the output of every stage, finest first, for dense decoders."""
         skips = []
-        # Channels last in memory: convolutions are fastest in this layout, and the blocks want the tokens in it.
-        # Cloned, since a single channel passes for either layout, and would be taken for the slow one.
-        volume = rearrange(volume, "b c d h w -> b d h w c").clone(memory_format=torch.contiguous_format)
-        volume = rearrange(volume, "b d h w c -> b c d h w")
         for stage in self.stages:
             volume = stage(volume)
             skips.append(volume)
@@ -133,24 +98,8 @@ class PatchStem(nn.Module):
 class BertsWinEncoder(nn.Module):
     """BertsWin as a plain feature extractor: one volume in, one feature map out.
 
-    Stem, fixed positions and Swin blocks with no down-sampling between them. The argument names are those of
+    Stem, fixed positions and Swin blocks with no down-sampling between them. The arguments are those of
     :class:`~bertswin_mae.networks.BertsWinMAE`, whose ``encoder`` this is.
-
-    Args:
-        img_size: volume size in voxels, D, H, W (or one number for a cube); a multiple of ``patch_size``.
-        patch_size: P, a power of two from 2 to 64, in voxels.
-        in_chans: image channels.
-        encoder_embed_dim: token width C; a multiple of 6 (sine and cosine for three axes) and of the heads.
-        encoder_depths: ``[depth]``, the number of Swin blocks; a list of one, as the resolution is constant.
-        encoder_num_heads: ``[heads]``.
-        swin_window_size: attention window in tokens, D, H, W; no larger than the grid.
-        stem_base_dim: width of the stem's first stage; a multiple of 4.
-        strict_stem: non-overlapping stem kernels.
-        blockwise_norm: with a strict stem, normalise each patch by itself also in whole volumes.
-        activation_checkpointing: in training, compute activations again on the way back instead of keeping them.
-
-    Raises:
-        Mistake: for settings that cannot be built; the message names the value and one that would do.
     """
 
     def __init__(
@@ -168,15 +117,14 @@ class BertsWinEncoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.img_size = _three("img_size", img_size)
+        self.img_size = _triple("img_size", img_size)
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, encoder_embed_dim
         self.strict_stem, self.activation_checkpointing = strict_stem, activation_checkpointing
-        window_size = _three("swin_window_size", swin_window_size)
-        depth, num_heads = _only("encoder_depths", encoder_depths), _only("encoder_num_heads", encoder_num_heads)
+        window_size = _triple("swin_window_size", swin_window_size)
+        depth, num_heads = _single("encoder_depths", encoder_depths), _single("encoder_num_heads", encoder_num_heads)
         self.stem = PatchStem(patch_size, in_chans, stem_base_dim, encoder_embed_dim, strict_stem, blockwise_norm)
-        _check_grid(self.img_size, patch_size, window_size)
+        self.grid_size = _grid_size(self.img_size, patch_size, window_size)
         _check_width(encoder_embed_dim, num_heads)
-        self.grid_size = tuple(side // patch_size for side in self.img_size)
         # Fixed by formula: a checkpoint holds learned parameters only, and so loads at another img_size too.
         self.register_buffer("positions", sincos_positions(self.grid_size, encoder_embed_dim), persistent=False)
         self.swin = SwinLayer(
@@ -187,7 +135,7 @@ class BertsWinEncoder(nn.Module):
     @property
     def num_patches(self) -> int:
         """N, the number of tokens of a volume."""
-        return self.positions.shape[2:].numel()
+        return math.prod(self.grid_size)
 
     def forward(self, volume: Tensor) -> Tensor:
         """Extract features of whole volumes.
@@ -199,34 +147,26 @@ class BertsWinEncoder(nn.Module):
             ``(B, C, D/P, H/P, W/P)``.
 
         Raises:
-            Mistake: when the volume has another shape.
+            ValueError: when the volume has another shape.
         """
         self.check_volume(volume)
-        return self.attend(self.read(volume))
+        return self.encode(self.embed(volume))
 
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
-        """As :meth:`forward`, for dense decoders.
+        """As :meth:`forward`, and before the features the output of every stem stage, for dense decoders.
 
-        Returns:
-            The output of every stem stage, finest first, ``(B, stem_base_dim · 2^i, D/2^(i+1), …)``, then the features.
+        Finest first, ``(B, stem_base_dim · 2^i, D/2^(i+1), …)`` each.
         """
         self.check_volume(volume)
         tokens, skips = maybe_checkpointed(self.stem.forward_with_skips, volume, self.activation_checkpointing)
-        return (*skips, self.attend(tokens))
+        return (*skips, self.encode(tokens))
 
-    def read(self, volume: Tensor) -> Tensor:
-        """Run the stem: ``(B, in_chans, D, H, W)``, whole volumes or single patches, to ``(B, C, D/P, H/P, W/P)``."""
+    def embed(self, volume: Tensor) -> Tensor:
+        """Run the stem on whole volumes or single patches: ``(B, in_chans, D, H, W)`` to ``(B, C, D/P, H/P, W/P)``."""
         return maybe_checkpointed(self.stem, volume, self.activation_checkpointing)
 
-    def attend(self, tokens: Tensor) -> Tensor:
-        """Add the positions and let the tokens talk.
-
-        Args:
-            tokens: ``(B, C, D/P, H/P, W/P)``, the stem's output, mask tokens included.
-
-        Returns:
-            Features of the same shape.
-        """
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Add positions and run the Swin blocks: tokens ``(B, C, D/P, H/P, W/P)`` to features of the same shape."""
         return self.swin(tokens + self.positions)
 
     def check_volume(self, volume: Tensor) -> None:
@@ -269,7 +209,7 @@ def initialise_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _check_grid(img_size: Sequence[int], patch_size: int, window_size: Sequence[int]) -> None:
+def _grid_size(img_size: Sequence[int], patch_size: int, window_size: Sequence[int]) -> tuple[int, ...]:
     if any(side < patch_size or side % patch_size for side in img_size):
         nearest = tuple(_next_multiple(side, patch_size) for side in img_size)
         raise Mistake(
@@ -283,6 +223,7 @@ def _check_grid(img_size: Sequence[int], patch_size: int, window_size: Sequence[
             f"swin_window_size {tuple(window_size)} must lie between 1 and the grid of tokens {grid_size} "
             f"(img_size {tuple(img_size)} / patch_size {patch_size}) along every axis, for example {fitting}"
         )
+    return grid_size
 
 
 def _check_width(embed_dim: int, num_heads: int) -> None:
@@ -302,7 +243,7 @@ def _next_multiple(value: int, factor: int) -> int:
     return max(1, -(-value // factor)) * factor
 
 
-def _three(name: str, values: Sequence[int] | int) -> tuple[int, int, int]:
+def _triple(name: str, values: Sequence[int] | int) -> tuple[int, int, int]:
     values = ensure_tuple(values)
     if len(values) not in (1, 3) or not all(isinstance(value, int) for value in values):
         example = (values[0] if isinstance(values[0], int) else 7,) * 3
@@ -310,7 +251,7 @@ def _three(name: str, values: Sequence[int] | int) -> tuple[int, int, int]:
     return values * (3 // len(values))
 
 
-def _only(name: str, values: Sequence[int] | int) -> int:
+def _single(name: str, values: Sequence[int] | int) -> int:
     values = ensure_tuple(values)
     if len(values) != 1 or not isinstance(values[0], int) or values[0] < 1:
         example = next((value for value in values if isinstance(value, int) and value >= 1), 12)

@@ -16,7 +16,7 @@ def patchify(volume: Tensor, patch_size: int) -> Tensor:
 
     Args:
         volume: ``(B, C, D, H, W)``; every side a multiple of ``patch_size``.
-        patch_size: P, the side of a patch in voxels.
+        patch_size: P, in voxels.
 
     Returns:
         ``(B, N, P³·C)``: patches in the order D, H, W; inside a patch the voxels in the order D, H, W, then channels.
@@ -30,8 +30,8 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: Sequence[int]) -> Te
 
     Args:
         patches: ``(B, N, P³·C)``.
-        patch_size: P, the side of a patch in voxels.
-        grid_size: number of patches along D, H and W; their product is N.
+        patch_size: P, in voxels.
+        grid_size: patches along D, H, W; their product is N.
 
     Returns:
         ``(B, C, D, H, W)``.
@@ -44,15 +44,14 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: Sequence[int]) -> Te
 def random_masking(valid: Tensor, mask_ratio: float, seeds: Sequence[int] | None = None) -> Tensor:
     """Choose the hidden patches of each volume uniformly at random (paper, masked pre-training).
 
-    The ratio counts valid patches. All volumes of a batch keep the same number of visible patches, that of the
-    volume with the fewest, so that shapes stay static.
+    All volumes of a batch keep the same number of visible patches, that of the volume with the fewest valid ones, so
+    that shapes stay static. At least one patch stays visible.
 
     Args:
         valid: ``(B, N)`` bool, False = outside the field of view.
-        mask_ratio: share of the valid patches to hide, in [0, 1). At least one patch stays visible.
-        seeds: one seed a volume. A volume's mask then depends on its seed alone: not on the device, nor on its
-            neighbours in the batch (unless they force a smaller number of visible patches). Default: torch's
-            global generator of the device.
+        mask_ratio: share of the valid patches to hide, in [0, 1).
+        seeds: one seed a volume: its mask then depends neither on the device nor on its neighbours in the batch (but
+            for their number of valid patches). Default: torch's global generator of the device.
 
     Returns:
         ``(B, N)`` bool, True = hidden. Patches that are not valid are hidden too.
@@ -87,7 +86,7 @@ def valid_patches(fov: Tensor, patch_size: int, min_share: float = 0.95) -> Tens
 
     Returns:
         ``(B, N)`` bool. Where no patch of a volume passes, those that lie inside most do: a volume thinner than a
-        patch still has something to look at. (Of a crop that misses the field of view altogether, that is all.)
+        patch still has something to look at. Of a crop outside the field of view, all do.
     """
     share = patchify(fov.float(), patch_size).mean(dim=-1)
     valid = share > min_share

@@ -50,16 +50,8 @@ class SegmentationNetwork(nn.Module):
         for level, (skip, width) in enumerate(zip(skips, widths[1:], strict=False), start=1):
             doublings = (encoder.img_size[0] // 2**level // skip.shape[2]).bit_length() - 1
             if doublings:
-                block = UnetrPrUpBlock(
-                    3,
-                    skip.shape[1],
-                    width,
-                    num_layer=doublings - 1,
-                    stride=1,
-                    upsample_kernel_size=2,
-                    conv_block=True,
-                    **residual,
-                )
+                upsampling = {"num_layer": doublings - 1, "upsample_kernel_size": 2, "conv_block": True}
+                block = UnetrPrUpBlock(3, skip.shape[1], width, stride=1, **upsampling, **residual)
             else:
                 block = UnetrBasicBlock(3, skip.shape[1], width, stride=1, **residual)
             self.skips.append(block)

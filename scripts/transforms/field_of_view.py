@@ -16,8 +16,7 @@ from ..mistakes import Mistake
 
 __all__ = ["FieldOfViewd", "ForegroundMaskd", "cylinder", "detect_field_of_view"]
 
-# Padding smaller than this share of a volume is no padding.
-MIN_PADDING = 0.01
+MIN_PADDING = 0.01  # less than this share of a volume is no padding
 
 
 def cylinder(
@@ -34,19 +33,17 @@ def cylinder(
     Returns:
         bool array of ``shape``, True inside.
     """
-    across = [place for place in range(3) if place != axis]
-    squares = np.zeros([1, 1, 1])
-    for place, offset in zip(across, centre_offset, strict=True):
-        line = np.arange(shape[place]) - (shape[place] - 1) / 2 - offset
-        squares = squares + np.square(line).reshape([-1 if other == place else 1 for other in range(3)])
-    return np.broadcast_to(squares <= radius**2, shape).copy()
+    places = np.ogrid[tuple(slice(side) for side in shape)]
+    across = zip([other for other in range(3) if other != axis], centre_offset, strict=True)
+    squares = [np.square(places[other] - (shape[other] - 1) / 2 - offset) for other, offset in across]
+    return np.broadcast_to(sum(squares) <= radius**2, shape).copy()
 
 
 def detect_field_of_view(volume: np.ndarray) -> np.ndarray:
     """Find what a scanner saw: all but the constant padding around it.
 
-    Padding is what has the commonest value of the volume's corners, exactly, and hangs together with the border. So
-    constant regions within the body stay inside, and air that is not constant does too.
+    Padding has the commonest value of the volume's corners, exactly, and hangs together with the border. So constant
+    regions within the body stay inside, and air that is not constant does too.
 
     Args:
         volume: ``(C, D, H, W)``, as stored: resampling blurs the border.
@@ -58,20 +55,19 @@ def detect_field_of_view(volume: np.ndarray) -> np.ndarray:
     corners = volume[ends].reshape(volume.shape[0], -1)
     values, counts = np.unique(corners, axis=1, return_counts=True)
     same = (volume == values[:, counts.argmax()].reshape(-1, 1, 1, 1)).all(axis=0)
-    labels, _ = ndimage.label(same)
-    faces = [labels.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
-    touches_border = np.zeros(labels.max() + 1, dtype=bool)
-    touches_border[np.unique(np.concatenate(faces))] = True
-    touches_border[0] = False
-    outside = touches_border[labels]
+    regions, count = ndimage.label(same)
+    touches_border = np.zeros(count + 1, dtype=bool)
+    for axis in range(3):
+        touches_border[regions.take([0, -1], axis=axis)] = True
+    outside = same & touches_border[regions]
     return np.ones_like(outside) if outside.mean() < MIN_PADDING else ~outside
 
 
 class FieldOfViewd(MapTransform):
     """Mark the voxels that the scanner saw, in a mask of its own, ``(1, D, H, W)`` uint8 (paper, field of view).
 
-    The field of view is the cylinder that the case names, or else it is detected from constant padding. Put it behind
-    ``EnsureChannelFirstd``, before anything is resampled.
+    It is the cylinder that the case names, or else what is not constant padding. Put it behind ``EnsureChannelFirstd``,
+    before anything is resampled.
 
     Args:
         keys: of the volumes, MetaTensors ``(C, D, H, W)``.
@@ -87,13 +83,10 @@ class FieldOfViewd(MapTransform):
         """Return the data with the mask."""
         data = dict(data)
         for key in self.key_iterator(data):
-            image = data[key]
-            if (given := data.get(self.cylinder_key)) is not None:
-                inside = cylinder(image.shape[1:], **given)
-                if not inside.any():
-                    raise Mistake(f"the field of view {given} has no voxel of {tuple(image.shape[1:])} in it")
-            else:
-                inside = detect_field_of_view(np.asarray(image))
+            image, given = data[key], data.get(self.cylinder_key)
+            inside = detect_field_of_view(np.asarray(image)) if given is None else cylinder(image.shape[1:], **given)
+            if given is not None and not inside.any():
+                raise Mistake(f"the field of view {given} has no voxel of {tuple(image.shape[1:])} in it")
             data[self.fov_key] = _mask_like(image, inside)
         return data
 

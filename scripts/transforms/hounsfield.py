@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -18,24 +17,14 @@ from ..mistakes import Mistake
 __all__ = ["RandCTNoised", "RandHUWarpd"]
 
 
-class _RandHounsfieldd(RandomizableTransform, MapTransform, ABC):
+class _RandHounsfieldd(RandomizableTransform, MapTransform):
     """A random change of intensity that is worked out in Hounsfield units, whatever scale the volume is on.
 
-    Args:
-        keys: of the volumes, ``(C, D, H, W)``.
-        prob: of a change.
-        hu_scale: Hounsfield units one unit of the volume's scale stands for.
-        hu_offset: the Hounsfield units of its zero.
-        device: where to compute, and where the result stays; default: where the volume is.
+    Subclasses ``draw`` what is random from ``self.R``, the same for all keys, and ``change`` a volume in HU.
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        prob: float,
-        hu_scale: float = 1.0,
-        hu_offset: float = 0.0,
-        device: str | torch.device | None = None,
+        self, keys: KeysCollection, prob: float, hu_scale: float = 1, hu_offset: float = 0, device: str | None = None
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
@@ -54,14 +43,6 @@ class _RandHounsfieldd(RandomizableTransform, MapTransform, ABC):
             data[key] = ((changed - self.hu_offset) / self.hu_scale).to(volume.dtype)
         return data
 
-    @abstractmethod
-    def draw(self) -> None:
-        """Draw what is random from ``self.R``, the same for all keys."""
-
-    @abstractmethod
-    def change(self, hounsfield: Tensor) -> Tensor:
-        """Change a volume ``(C, D, H, W)`` in Hounsfield units."""
-
 
 class RandHUWarpd(_RandHounsfieldd):
     """Bend the Hounsfield scale: move anchors a little, and everything between them along (paper, HU warp).
@@ -71,12 +52,10 @@ class RandHUWarpd(_RandHounsfieldd):
     Args:
         keys: of the volumes, ``(C, D, H, W)``.
         prob: of a warp.
-        anchors: in HU, rising.
+        anchors: in HU; must rise.
         shifts: the most that each is moved by, either way, in HU.
-        kwargs: ``hu_scale``, ``hu_offset`` and ``device``: the volume's scale, and where to compute.
-
-    Raises:
-        Mistake: when anchors and shifts do not match or do not rise.
+        kwargs: ``hu_scale``: Hounsfield units one unit of the volume's scale stands for; ``hu_offset``: those of its
+            zero; ``device``: where to compute, and where the result stays, by default where the volume is.
     """
 
     def __init__(
@@ -116,9 +95,8 @@ class RandCTNoised(_RandHounsfieldd):
     public reference takes the exponential of Hounsfield units but the amplitude on the network's scale; here ``unit``
     says how many Hounsfield units that scale's one is, and all is added in Hounsfield units.
 
-    Smoothing takes nine tenths of a white field's deviation. Here the grain is scaled back to a deviation of one, so
-    that the formula above is the deviation of the noise that is seen: 6 to 20 HU in water, as in scans. Taken
-    literally, the mix would leave 0.6 to 2 HU.
+    Smoothing takes nine tenths of a white field's deviation. Here the grain is scaled back to one, so that the noise
+    has the deviation above: 6 to 20 HU in water, as in scans. Taken literally, the mix would leave 0.6 to 2 HU.
 
     Args:
         keys: of the volumes, ``(C, D, H, W)``.
@@ -130,7 +108,7 @@ class RandCTNoised(_RandHounsfieldd):
         density: growth of the amplitude, per HU.
         electronic: standard deviation of the white noise, in units.
         unit: HU.
-        kwargs: ``hu_scale``, ``hu_offset`` and ``device``: the volume's scale, and where to compute.
+        kwargs: as of :class:`RandHUWarpd`.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,23 +15,15 @@ from ..mistakes import Mistake
 __all__ = ["RefuseHuged", "RefuseUnusabled"]
 
 
-class _Refusing(MapTransform, ABC):
-    """Hand volumes on as they are, or refuse them with the reason."""
+class _Refusing(MapTransform):
+    """Hand volumes on as they are, or refuse them with the ``problem`` that they have."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the data as it is.
-
-        Raises:
-            Mistake: saying why a volume cannot be used.
-        """
+        """Return the data as it is, or raise a Mistake that says why a volume cannot be used."""
         for key in self.key_iterator(data):
             if problem := self.problem(data[key]):
                 raise Mistake(problem)
         return dict(data)
-
-    @abstractmethod
-    def problem(self, image: Any) -> str | None:
-        """Say why a volume ``(C, D, H, W)`` cannot be used, or None if it can."""
 
 
 class RefuseUnusabled(_Refusing):
@@ -74,7 +65,5 @@ class RefuseHuged(_Refusing):
         shape = resampled_shape(image, self.spacing)
         if (voxels := image.shape[0] * shape.prod()) <= self.max_voxels:
             return None
-        return (
-            f"would have {voxels:.3g} voxels {tuple(shape.astype(int).tolist())} at a spacing of "
-            f"{self.spacing or 'its own'}: max_voxels is {self.max_voxels:.3g}; choose a coarser spacing"
-        )
+        voxels = f"{voxels:.3g} voxels {tuple(shape.astype(int).tolist())} at a spacing of {self.spacing or 'its own'}"
+        return f"would have {voxels}: max_voxels is {self.max_voxels:.3g}; choose a coarser spacing"

@@ -8,14 +8,15 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..mistakes import Mistake, causes
+from ..mistakes import Mistake
 
 __all__ = ["DamagedCheckpointError", "load", "load_newest", "previous", "save"]
 
@@ -39,12 +40,15 @@ def save(content: Any, path: str | Path, keep_previous: bool = False) -> None:
         OSError: when it cannot be written, naming the file; what was there before is as it was.
     """
     path = Path(path)
+    content = tree_map(lambda value: value.detach().cpu() if isinstance(value, Tensor) else value, content)
     with named_after(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                torch.save(_to_cpu(content), file)
+                torch.save(
+                    tree_map(lambda value: value.detach().cpu() if isinstance(value, Tensor) else value, content), file
+                )
                 file.flush()
                 os.fsync(file.fileno())
             Path(beside).chmod(0o644)
@@ -63,8 +67,9 @@ def named_after(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # A full disk reaches us as torch's RuntimeError.
-        origin = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
+        origin: BaseException | None = error
+        while not isinstance(origin, OSError | None):
+            origin = origin.__context__  # a full disk reaches us as torch's RuntimeError
         if origin is None:
             raise
         raise OSError(origin.errno, origin.strerror, str(path)) from error
@@ -126,24 +131,19 @@ def load_newest(path: str | Path, keep_aside: bool = True) -> Any | None:
     """
     damage = None
     for candidate in (Path(path), previous(path)):
-        if candidate.exists():
-            content, damage = _load_or_damage(candidate)
-            if damage is None:
-                return content
+        if not candidate.exists():
+            continue
+        try:
+            return load(candidate)
+        except DamagedCheckpointError as error:
+            damage = error
+        if keep_aside:
             aside = candidate.with_name(f"{candidate.stem}.damaged{candidate.suffix}")
-            if keep_aside:
-                candidate.replace(aside)
-                logger.warning("%s; it is kept as %s", damage, aside.name)
+            candidate.replace(aside)
+            logger.warning("%s; it is kept as %s", damage, aside.name)
     if damage is not None:
         raise Mistake(f"no checkpoint is left to continue from, start anew in another --output_dir: {damage}")
     return None
-
-
-def _load_or_damage(path: Path) -> tuple[Any, str | None]:
-    try:
-        return load(path), None
-    except DamagedCheckpointError as error:
-        return None, str(error)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -154,13 +154,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _to_cpu(content: Any) -> Any:
-    if isinstance(content, Tensor):
-        return content.detach().cpu()
-    if isinstance(content, Mapping):
-        return {key: _to_cpu(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)(_to_cpu(value) for value in content)
-    return content

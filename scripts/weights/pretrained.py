@@ -1,40 +1,97 @@
-"""Fill networks with weights from files, completely or not at all."""
+"""Fill networks with weights: completely, or not at all and with an account of what does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import parallel
 from ..mistakes import Mistake
-from ..networks.bertswin_mae import bertswin_mae_small_patch8_48x64x48
-from ..networks.encoder import BertsWinEncoder
+from ..networks import BertsWinEncoder, bertswin_mae_small_patch8_48x64x48
 from .checkpoints import load
 
 __all__ = [
     "Comparison",
+    "build_pretrained",
     "bundle_root",
     "compare",
     "encoder_part",
-    "has_strict_stem",
-    "load_encoder",
-    "load_network",
-    "load_state_dict",
+    "fill",
     "pretrained_encoder",
-    "start_from",
-    "strict_stem_of",
+    "read_weights",
+    "stem_is_strict",
     "strip_prefixes",
-    "widen",
 ]
-# What wrappers put in front of every name: DistributedDataParallel and torch.compile.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+# What DistributedDataParallel and torch.compile put in front of every name.
+WRAPPERS = r"^(module\.|_orig_mod\.)+"
 
 
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+def fill(network: nn.Module, weights: Mapping[str, Tensor] | str | Path | None, source: str | Path = "") -> nn.Module:
+    """Fill a network with all of its weights: the one way from a file into a network.
+
+    Args:
+        network: to fill. An encoder takes the encoder's part of a whole network's weights.
+        weights: a file, or its content; None: the network stays as it was initialised.
+        source: the file that content came from, for messages.
+
+    Returns:
+        The network.
+
+    Raises:
+        Mistake: when there is no such file, or a tensor is missing, left over, or of another shape; nothing is changed.
+    """
+    if weights is None:
+        return network
+    if isinstance(weights, str | Path):
+        weights, source = read_weights(weights), weights
+    theirs, ours = strip_prefixes(weights), network.state_dict()
+    if not encoder_part(ours):
+        theirs = encoder_part(theirs) or theirs
+    comparison = compare(ours, theirs)
+    if not comparison.complete:
+        raise Mistake(f"the weights in {source} do not fit this network of {len(ours)} tensors: {comparison}")
+    network.load_state_dict(parallel.shard_like(theirs, ours))
+    return network
+
+
+def build_pretrained(
+    build: Callable[..., nn.Module],
+    weights: str | Path | None,
+    strict_stem: bool | None = None,
+    part: str | None = None,
+    like: str | Path | None = None,
+) -> nn.Module:
+    """Build a network with the kind of stem that its weights have, and fill it.
+
+    Args:
+        build: makes the network, given ``strict_stem``.
+        weights: a file; None, where ``like`` is given: the network stays as it was initialised.
+        strict_stem: what the user says, if anything; else it is read off the weights. With none to read off, the stem
+            is strict, as its stages are the better skips.
+        part: what of the network to fill, such as ``encoder``; default: all of it.
+        like: a file, if it is there by now, that the network will be filled with later: its stem is of that kind.
+
+    Raises:
+        Mistake: when there are no such weights, or they do not fit what ``build`` makes.
+    """
+    if weights is None and like is None:
+        raise Mistake("give --pretrained, the model.pt of a pre-training or a tuning, or an encoder.pt")
+    state_dict = None if weights is None else read_weights(weights)
+    if state_dict is not None:
+        strict_stem = stem_is_strict(state_dict, weights, strict_stem)
+    elif strict_stem is None:
+        strict_stem = not Path(like).is_file() or stem_is_strict(read_weights(like), like)
+    network = build(strict_stem=strict_stem)
+    fill(getattr(network, part) if part else network, state_dict, weights)
+    return network
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read flat weights, wrapper prefixes removed.
 
     Raises:
@@ -46,10 +103,26 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     return strip_prefixes(content)
 
 
-def has_strict_stem(state_dict: Mapping[str, Tensor]) -> bool | None:
-    """Tell from the weights of a network, or of an encoder, what its stem's kernels are; None if it has no stem."""
-    name = _first_kernel(state_dict)
-    return None if name is None else state_dict[name].shape[-1] == 2
+def stem_is_strict(state_dict: Mapping[str, Tensor], source: str | Path, given: bool | None = None) -> bool:
+    """Tell from the weights of a network, or of an encoder, whether its stem's kernels do not overlap.
+
+    Raises:
+        Mistake: when ``given`` says otherwise.
+    """
+    strict = any(
+        name.endswith("stem.stages.0.0.weight") and kernel.shape[-1] == 2 for name, kernel in state_dict.items()
+    )
+    if given not in (None, strict):
+        raise Mistake(
+            f"{source} has {'a strict' if strict else 'the default'} stem, not what strict_stem {given} says: leave "
+            "strict_stem out, it is read off the weights"
+        )
+    return strict
+
+
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what wrappers put in front of the names, in any order."""
+    return {re.sub(WRAPPERS, "", name): value for name, value in state_dict.items()}
 
 
 def encoder_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,8 +145,8 @@ class Comparison(NamedTuple):
         return not (self.missing or self.unexpected or self.reshaped)
 
     def __str__(self) -> str:
-        lists = (f"{len(names)} {what}{_examples(names)}" for what, names in self._asdict().items() if names)
-        return "; ".join(lists)
+        lists = ((what, len(names), ", ".join(names[:3])) for what, names in self._asdict().items() if names)
+        return "; ".join(f"{count} {what} ({names}{', …' if count > 3 else ''})" for what, count, names in lists)
 
     def account(self) -> str:
         """Name every tensor, one a line."""
@@ -82,154 +155,21 @@ class Comparison(NamedTuple):
 
 
 def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Comparison:
-    """Compare the weights a network has with those it is offered.
-
-    Args:
-        ours: the network's state dict.
-        theirs: the offered one, under our names.
-    """
+    """Compare the weights a network has with those it is offered, both under our names."""
     common = [name for name in ours if name in theirs]
+    reshaped = [name for name in common if theirs[name].shape != ours[name].shape]
     return Comparison(
-        matched=[name for name in common if theirs[name].shape == ours[name].shape],
+        matched=[name for name in common if name not in reshaped],
         missing=[name for name in ours if name not in theirs],
         unexpected=[name for name in theirs if name not in ours],
-        reshaped=[
-            f"{name} {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}"
-            for name in common
-            if theirs[name].shape != ours[name].shape
-        ],
+        reshaped=[f"{name} {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}" for name in reshaped],
     )
-
-
-def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load a network's weights completely, or say what does not fit.
-
-    Args:
-        network: to fill.
-        state_dict: flat weights; wrapper prefixes are removed.
-        source: where they came from, for the message.
-
-    Raises:
-        Mistake: when a name is missing, left over, or of another shape; the network is then unchanged.
-    """
-    theirs, ours = strip_prefixes(state_dict), network.state_dict()
-    comparison = compare(ours, theirs)
-    if not comparison.complete:
-        raise Mistake(f"the weights in {source} do not fit this network of {len(ours)} tensors: {comparison}")
-    network.load_state_dict(parallel.placed_like(theirs, ours))
-
-
-def start_from(network: nn.Module, pretrained: str | Path | None) -> None:
-    """Fill a network with the weights of an earlier training, if there are any to start from.
-
-    Args:
-        network: to fill.
-        pretrained: flat weights of the same network; None: it stays as it was initialised.
-
-    Raises:
-        Mistake: when there is no such file, or anything in it does not fit.
-    """
-    if pretrained is not None:
-        load_network(network, load_state_dict(pretrained), pretrained)
-
-
-def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what DistributedDataParallel and torch.compile put in front of the names, in any order."""
-
-    def strip(name: str) -> str:
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name.split(".", 1)[1]
-        return name
-
-    return {strip(name): value for name, value in state_dict.items()}
-
-
-def widen(state_dict: Mapping[str, Tensor], in_chans: int, spread: str) -> dict[str, Tensor]:
-    """Make weights for a network of several input channels from those of one.
-
-    Args:
-        state_dict: flat weights of a one-channel network, or of its encoder alone.
-        in_chans: channels of the wide network.
-        spread: ``mean``: every channel gets an equal share of the stem's first kernel; ``first``: the first channel
-            gets all of it.
-
-    Returns:
-        The wide weights; a decoder rebuilds every channel as it did the one.
-
-    Raises:
-        Mistake: for another ``spread``, or weights that are not of one channel.
-    """
-    if spread not in ("mean", "first"):
-        raise Mistake(f"spread {spread!r} must be 'mean' or 'first'")
-    first = _first_kernel(state_dict)
-    if first is None or state_dict[first].shape[1] != 1:
-        found = "no stem" if first is None else f"{state_dict[first].shape[1]} input channels"
-        raise Mistake(f"only weights of one input channel can be widened; these have {found}")
-    wide = dict(state_dict)
-    share = torch.full((1, in_chans, 1, 1, 1), 1 / in_chans)
-    if spread == "first":
-        share = torch.eye(in_chans)[:1, :, None, None, None]
-    wide[first] = state_dict[first] * share
-    if "decoder.head.6.weight" in wide:
-        # A ConvTranspose3d keeps its output channels second, as a Conv3d (kernel 1, for small patches) its input's.
-        kernel = wide["decoder.head.6.weight"]
-        repeats = (1, in_chans, 1, 1, 1) if kernel.shape[1] == 1 else (in_chans, 1, 1, 1, 1)
-        wide["decoder.head.6.weight"] = kernel.repeat(repeats)
-        wide["decoder.head.6.bias"] = wide["decoder.head.6.bias"].repeat(in_chans)
-    return wide
-
-
-def _first_kernel(state_dict: Mapping[str, Tensor]) -> str | None:
-    """Name the stem's first kernel, of a whole network or of an encoder alone."""
-    return next((name for name in state_dict if name.endswith("stem.stages.0.0.weight")), None)
-
-
-def _examples(names: list[str]) -> str:
-    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-
-
-def load_encoder(network: nn.Module, checkpoint: str | Path) -> nn.Module:
-    """Fill an encoder from a checkpoint of the encoder alone, or of the whole pre-training network.
-
-    Args:
-        network: to fill; a :class:`~bertswin_mae.networks.BertsWinEncoder`.
-        checkpoint: ``encoder.pt`` or ``model.pt`` of a run.
-
-    Returns:
-        The network.
-
-    Raises:
-        Mistake: when there is no such file, or anything in it does not fit.
-    """
-    weights = load_state_dict(checkpoint)
-    weights = encoder_part(weights) or weights
-    strict = has_strict_stem(weights)
-    if strict is not None and strict != network.strict_stem:
-        raise Mistake(
-            f"{checkpoint} has {'a strict' if strict else 'the default'} stem, not what strict_stem "
-            f"{network.strict_stem} says: leave strict_stem out, it is read off the weights"
-        )
-    load_network(network, weights, checkpoint)
-    return network
-
-
-def strict_stem_of(checkpoint: str | Path | None, given: bool | None = None) -> bool:
-    """Tell which stem to build.
-
-    Args:
-        checkpoint: that will be loaded. Where there is none yet, the strict stem is built.
-        given: what the user says, if anything; else it is read off the checkpoint.
-    """
-    if given is not None or checkpoint is None or not Path(checkpoint).is_file():
-        return given is not False
-    return bool(has_strict_stem(load_state_dict(checkpoint)))
 
 
 def bundle_root() -> Path:
     """Tell where the bundle lies, the folder of ``configs`` and ``models``: within the package or around it."""
     package = Path(__file__).resolve().parents[1]
-    installed = package / "bundle"
-    return installed if installed.is_dir() else package.parent
+    return package / "bundle" if (package / "bundle").is_dir() else package.parent
 
 
 def pretrained_encoder() -> BertsWinEncoder:
@@ -243,5 +183,4 @@ def pretrained_encoder() -> BertsWinEncoder:
         Mistake: when the weights are not there.
     """
     weights = bundle_root() / "models" / "model.pt"
-    encoder = bertswin_mae_small_patch8_48x64x48(strict_stem=strict_stem_of(weights)).encoder
-    return load_encoder(encoder, weights).eval()
+    return build_pretrained(bertswin_mae_small_patch8_48x64x48, weights, part="encoder").encoder.eval()

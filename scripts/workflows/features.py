@@ -6,30 +6,23 @@ import csv
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from monai.engines import SupervisedEvaluator
+from monai.data import MetaTensor
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ..mistakes import Mistake, reason
+from ..engines.volumes import VolumeEvaluator, VolumeWriter, save_nifti
+from ..mistakes import Mistake
 
-__all__ = [
-    "FeatureEvaluator",
-    "FeatureWriter",
-    "Placement",
-    "feature_affine",
-    "place_in_window",
-    "principal_colours",
-    "save_nifti",
-]
+__all__ = ["ExtractFeatures", "FeatureWriter", "Placement", "feature_affine", "place_in_window", "principal_colours"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +38,13 @@ class Placement(NamedTuple):
     def tokens(self) -> tuple[slice, slice, slice]:
         """The tokens whose patches hold at least one voxel of the volume."""
         p = self.patch_size
-        return tuple(
-            slice(before // p, -(-(before + size) // p))
-            for before, size in zip(self.pad_before, self.size, strict=True)
-        )
+        ends = ((before, before + size) for before, size in zip(self.pad_before, self.size, strict=True))
+        return tuple(slice(first // p, math.ceil(last / p)) for first, last in ends)
+
+    @property
+    def first_voxel(self) -> np.ndarray:
+        """Where the first of these patches starts, in voxels of the volume itself: 0, or less within padding."""
+        return np.array([part.start * self.patch_size for part in self.tokens]) - self.pad_before
 
 
 def place_in_window(
@@ -66,16 +62,10 @@ def place_in_window(
         The padded volume and where the original lies in it.
     """
     size = tuple(volume.shape[1:])
-    padded = tuple(
-        max(window, math.ceil(side / patch_size) * patch_size) for side, window in zip(size, window_size, strict=True)
-    )
-    before = tuple((whole - side) // 2 for whole, side in zip(padded, size, strict=True))
-    pads = [
-        pad
-        for whole, side, first in reversed(list(zip(padded, size, before, strict=True)))
-        for pad in (first, whole - side - first)
-    ]
-    return F.pad(volume, pads, value=background), Placement(before, size, patch_size)
+    pads = [max(w, math.ceil(side / patch_size) * patch_size) - side for side, w in zip(size, window_size, strict=True)]
+    both_sides = [half for pad in reversed(pads) for half in (pad // 2, pad - pad // 2)]  # of the last axis first
+    placement = Placement(tuple(pad // 2 for pad in pads), size, patch_size)
+    return F.pad(volume, both_sides, value=background), placement
 
 
 def feature_affine(
@@ -93,156 +83,109 @@ def feature_affine(
     Returns:
         4×4: token index, counted from the first one kept, to mm in the same space.
     """
-    first_patch = np.array([tokens.start * placement.patch_size for tokens in placement.tokens])
     to_voxel = np.diag([stride, stride, stride, 1.0])
-    to_voxel[:3, 3] = first_patch - placement.pad_before + ((stride - 1) / 2 if first_centre is None else first_centre)
+    to_voxel[:3, 3] = placement.first_voxel + ((stride - 1) / 2 if first_centre is None else first_centre)
     return affine @ to_voxel
 
 
-class FeatureEvaluator(SupervisedEvaluator):
-    """MONAI's SupervisedEvaluator for one volume an iteration: pads, slides, crops back, and survives a bad file.
+@dataclass
+class ExtractFeatures:
+    """Extract the features of a volume of any size: what a :class:`VolumeEvaluator` does in inference."""
 
-    ``state.output`` is a dict of ``case``, ``features`` ``(C, d, h, w)``, ``affine``, ``embedding`` ``(C,)``,
-    ``skips`` (maps, finest first), ``volume`` and ``placement``; of a volume that failed, ``case`` and ``error``.
+    window_size: Sequence[int]  # voxels, the network's img_size
+    patch_size: int  # P, in voxels
+    background: float  # what volumes are padded with, on the network's scale
+    foreground: float  # above it, a voxel counts for the embedding
+    save_skips: bool = False  # also compute the output of every stem stage
 
-    Args:
-        window_size: the network's ``img_size``, in voxels.
-        patch_size: P, in voxels.
-        background: value that volumes are padded with, on the network's scale.
-        foreground: value above which a voxel counts for the embedding.
-        save_skips: also compute the output of every stem stage.
-        kwargs: of :class:`monai.engines.SupervisedEvaluator`; ``inferer`` is a :class:`FeatureWindowInferer`.
-    """
+    def __call__(self, evaluator: VolumeEvaluator, item: dict[str, Any]) -> dict[str, Any]:
+        """Pad an item's ``image`` ``(C, D, H, W)``, slide an encoder over it, and crop back.
 
-    def __init__(
-        self,
-        *,
-        window_size: Sequence[int],
-        patch_size: int,
-        background: float,
-        foreground: float,
-        save_skips: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**{"decollate": False, **kwargs})
-        self.window_size, self.patch_size = tuple(window_size), patch_size
-        self.background, self.foreground, self.save_skips = background, foreground, save_skips
+        Returns:
+            ``image``, its ``placement``, the ``embedding`` ``(C,)``, and ``maps`` ``(C, d, h, w)`` with affines of
+            their own: ``features``, and with skips ``skip_1`` (the finest) and so on.
+        """
+        image, network = item["image"], evaluator.network
+        padded, placement = place_in_window(image.as_tensor(), self.window_size, self.patch_size, self.background)
 
-    def _iteration(self, engine: FeatureEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
-        """Extract the features of one volume."""
-        if "error" in batchdata:
-            return {"case": batchdata["case"], "error": batchdata["error"]}
-        try:
-            return engine._extract(batchdata)
-        except Exception as error:  # out of memory on one volume must not cost the others
-            return {"case": batchdata["case"], "error": reason(error)}
+        def cropped(values: Tensor, first_centre: float | None = None) -> MetaTensor:
+            stride = padded.shape[1] // values.shape[2]
+            scale = self.patch_size // stride  # places a patch has along each axis
+            kept = (slice(part.start * scale, part.stop * scale) for part in placement.tokens)
+            affine = feature_affine(image.affine.numpy(), placement, stride, first_centre)
+            return MetaTensor(values[(0, slice(None), *kept)], affine=torch.from_numpy(affine))
 
-    def _extract(self, batchdata: dict[str, Any]) -> dict[str, Any]:
-        volume, affine = batchdata["image"].as_tensor(), batchdata["image"].affine.numpy()
-        padded, placement = place_in_window(volume, self.window_size, self.patch_size, self.background)
-        with self.mode(self.network):
-            network = self.network.forward_with_skips if self.save_skips else self.network
-            output = self.inferer(padded[None], network)
-        *skips, features = (part[0] for part in output) if self.save_skips else (output[0],)
-        features = features[(slice(None), *placement.tokens)]
-        if not torch.isfinite(features).all():
+        output = evaluator.inferer(padded[None], network.forward_with_skips if self.save_skips else network)
+        *skips, features = output if self.save_skips else (output,)
+        maps = {"features": cropped(features)}
+        if not maps["features"].isfinite().all():
             raise Mistake("its features are not finite: try --precision fp32")
-        return {
-            "case": batchdata["case"],
-            "volume": volume[0],
-            "affine": affine,
-            "placement": placement,
-            "features": features,
-            "embedding": self._pool(features, padded, placement),
-            "skips": [_crop(skip, padded, placement) for skip in skips],
-            # A strict stem's blocks are centred on their middle, the default stem's kernels on their first voxel.
-            "skip_centre": None if self.network.strict_stem else 0.0,
-        }
+        # A strict stem's blocks are centred on their middle, the default stem's kernels on their first voxel.
+        centre = None if network.strict_stem else 0.0
+        maps |= {f"skip_{number}": cropped(skip, centre) for number, skip in enumerate(skips, start=1)}
+        embedding = self._pool(maps["features"].as_tensor(), padded, placement)
+        return {"image": image, "placement": placement, "maps": maps, "embedding": embedding}
 
     def _pool(self, features: Tensor, padded: Tensor, placement: Placement) -> Tensor:
         """Average the tokens, each weighted by the share of foreground in its patch."""
         is_foreground = (padded[:1] > self.foreground).float()
-        weights = F.avg_pool3d(is_foreground[None], self.patch_size)[0][(slice(None), *placement.tokens)]
+        weights = F.avg_pool3d(is_foreground, self.patch_size)[(slice(None), *placement.tokens)]
         if weights.sum() == 0:
             weights = torch.ones_like(weights)
         return (features * weights).sum(dim=(1, 2, 3)) / weights.sum()
 
 
-class FeatureWriter:
-    """Write what a :class:`FeatureEvaluator` extracts; name the volumes that failed at the end.
+class FeatureWriter(VolumeWriter):
+    """Write what :class:`ExtractFeatures` returns.
 
     For each case, in a folder of its name: ``features.nii.gz`` ``(d, h, w, C)``, ``skip_1.nii.gz`` and so on where
-    there are skips (1 is the finest), and ``figure.png``. For all, ``embeddings.csv``.
+    there are skips, and ``figure.png``. For all, ``embeddings.csv``.
 
     Args:
         output_dir: where everything goes.
         figures: draw one for each case.
     """
 
-    def __init__(self, output_dir: str | Path, figures: bool = True) -> None:
-        self.folder, self.figures = Path(output_dir), figures
-        self.failures: list[str] = []
+    answers = "features"
+    failure = "have no features"
 
-    def attach(self, engine: Engine) -> None:
-        """Follow an evaluator."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
-        engine.add_event_handler(Events.COMPLETED, self.report)
+    def __init__(self, output_dir: str | Path, figures: bool = True) -> None:
+        super().__init__(output_dir)
+        self.figures, self.table = figures, self.folder / "embeddings.csv"
 
     def start(self, engine: Engine) -> None:
         """Begin a new table."""
+        super().start(engine)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "embeddings.csv").unlink(missing_ok=True)
-        self.failures.clear()
+        self.table.unlink(missing_ok=True)
 
-    def write(self, engine: Engine) -> None:
+    def write(self, output: dict[str, Any]) -> None:
         """Write one case."""
-        output = engine.state.output
-        folder = self.folder / output["case"]
-        _clear(folder)  # of an earlier run's files
-        if "error" not in output:
-            try:
-                self._write(output, folder)
-            except Exception as error:
-                _clear(folder)
-                output = {"case": output["case"], "error": f"cannot be written ({reason(error)})"}
-        if "error" in output:
-            self.failures.append(f"{output['case']}: {output['error']}")
-        else:
-            logger.info("%s: %s features on a grid of %s", output["case"], *_channels_and_grid(output["features"]))
-        engine.state.output = {"case": output["case"]}  # nothing large is kept while the next volume loads
-
-    def _write(self, output: dict[str, Any], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = output["affine"], output["placement"]
-        _save_map(folder / "features.nii.gz", output["features"], *place)
-        for number, skip in enumerate(output["skips"], start=1):
-            _save_map(folder / f"skip_{number}.nii.gz", skip, *place, output["skip_centre"])
+        case, embedding = output["case"], output["embedding"].tolist()
+        for name, values in output["maps"].items():
+            voxels = values.permute(1, 2, 3, 0).numpy()
+            save_nifti(self.folder / case / f"{name}.nii.gz", voxels, values.affine.numpy())
         if self.figures:
-            _draw(output, folder / "figure.png")
-        with (self.folder / "embeddings.csv").open("a", newline="") as file:
-            table = csv.writer(file)
+            _draw(output, self.folder / case / "figure.png")
+        with self.table.open("a", newline="") as file:
+            rows = csv.writer(file)
             if file.tell() == 0:
-                table.writerow(["case", *(f"f{number}" for number in range(len(output["embedding"])))])
-            table.writerow([output["case"], *(f"{value:.6g}" for value in output["embedding"].tolist())])
+                rows.writerow(["case", *(f"f{number}" for number in range(len(embedding)))])
+            rows.writerow([case, *(f"{value:.6g}" for value in embedding)])
+        channels, *grid = output["maps"]["features"].shape
+        logger.info("%s: %d features on a grid of %s", case, channels, " x ".join(map(str, grid)))
 
-    def report(self, engine: Engine) -> None:
-        """End with an error that names every volume without features."""
-        total = engine.state.iteration
-        logger.info("features of %d of %d volumes are in %s", total - len(self.failures), total, self.folder)
-        if self.failures:
-            listing = "\n  ".join(self.failures)
-            raise Mistake(f"{len(self.failures)} of {total} volumes have no features:\n  {listing}")
+    def discard(self, case: str) -> None:
+        """Remove what is written for a case."""
+        for pattern in ("features.nii.gz", "skip_*.nii.gz", "figure.png"):
+            for path in (self.folder / case).glob(pattern):
+                path.unlink()
 
 
 def principal_colours(features: Tensor) -> np.ndarray:
-    """Show the first three principal components of a feature map as red, green and blue.
+    """Show the first three principal components of ``(C, d, h, w)`` as red, green and blue, ``(d, h, w, 3)``.
 
-    Args:
-        features: ``(C, d, h, w)``.
-
-    Returns:
-        ``(d, h, w, 3)`` in [0, 1]; each component is stretched from its 2nd to its 98th percentile.
+    Each component is stretched to [0, 1] from its 2nd to its 98th percentile.
     """
     tokens = features.flatten(1).T
     tokens = tokens - tokens.mean(dim=0)
@@ -253,54 +196,13 @@ def principal_colours(features: Tensor) -> np.ndarray:
     return colours.reshape(*features.shape[1:], 3)
 
 
-def _channels_and_grid(features: Tensor) -> tuple[int, str]:
-    return features.shape[0], " x ".join(map(str, features.shape[1:]))
-
-
-def _crop(skip: Tensor, padded: Tensor, placement: Placement) -> Tensor:
-    """Keep the part of a finer map that belongs to the tokens that are kept."""
-    finer = placement.patch_size * skip.shape[1] // padded.shape[1]  # places a patch has along each axis
-    tokens = (slice(part.start * finer, part.stop * finer) for part in placement.tokens)
-    return skip[(slice(None), *tokens)]
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a FeatureWriter writes for a case."""
-    for pattern in ("features.nii.gz", "skip_*.nii.gz", "figure.png"):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _save_map(
-    path: Path, features: Tensor, affine: np.ndarray, placement: Placement, first_centre: float | None = None
-) -> None:
-    """Write ``(C, d, h, w)`` as a NIfTI of ``(d, h, w, C)``, whole or not at all."""
-    kept = placement.tokens[0].stop - placement.tokens[0].start
-    stride = placement.patch_size * kept // features.shape[1]
-    save_nifti(path, features.permute(1, 2, 3, 0).numpy(), feature_affine(affine, placement, stride, first_centre))
-
-
-def save_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
-    """Write a NIfTI, whole or not at all, into a folder that is there.
-
-    Args:
-        path: ``.nii`` or ``.nii.gz``; what is there is replaced.
-        voxels: ``(D, H, W)``, or ``(D, H, W, C)``.
-        affine: ``(4, 4)``, from voxels to mm.
-    """
-    beside = path.with_name(f".{path.name}")
-    nib.save(nib.Nifti1Image(voxels, affine), beside)
-    beside.replace(path)
-
-
 def _draw(output: dict[str, Any], path: Path) -> None:
     """Draw three planes of the volume beside its features, all on one scale, in mm from the volume's corner."""
-    volume, placement = output["volume"].float().numpy(), output["placement"]
-    spacing = np.linalg.norm(output["affine"][:3, :3], axis=0)
-    size = volume.shape * spacing
-    first_voxel = np.array([tokens.start * placement.patch_size for tokens in placement.tokens]) - placement.pad_before
-    colours = principal_colours(output["features"])
-    first, last = (edge * spacing for edge in (first_voxel, first_voxel + placement.patch_size * _grid(colours)))
+    volume, placement = output["image"][0].as_tensor().float().numpy(), output["placement"]
+    colours = principal_colours(output["maps"]["features"].as_tensor())
+    spacing = np.linalg.norm(output["image"].affine.numpy()[:3, :3], axis=0)
+    size, first = volume.shape * spacing, placement.first_voxel * spacing
+    last = first + placement.patch_size * np.array(colours.shape[:3]) * spacing
     low, high = np.percentile(volume, [0.5, 99.5])
 
     # For volumes in RAS: the axis looked along, the one across and the one up.
@@ -312,18 +214,13 @@ def _draw(output: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 6, width_ratios=widths)
     for (name, (along, across, up)), gray, rgb in zip(planes.items(), axes[::2], axes[1::2], strict=True):
         middle = volume.shape[along] // 2
-        token = (middle - first_voxel[along]) // placement.patch_size
-        plane, tokens = volume.take(middle, along), colours.take(token, along)
-        extent = (0, size[across], 0, size[up])
-        gray.imshow(plane.T, cmap="gray", vmin=low, vmax=high, origin="lower", extent=extent)
-        extent = (first[across], last[across], first[up], last[up])
-        rgb.imshow(tokens.transpose(1, 0, 2), origin="lower", interpolation="nearest", extent=extent)
+        token = (middle - placement.first_voxel[along]) // placement.patch_size
+        plane, extent = volume.take(middle, along).T, (0, size[across], 0, size[up])
+        gray.imshow(plane, cmap="gray", vmin=low, vmax=high, origin="lower", extent=extent)
+        plane, extent = colours.take(token, along), (first[across], last[across], first[up], last[up])
+        rgb.imshow(plane.transpose(1, 0, 2), origin="lower", interpolation="nearest", extent=extent)
         for ax, title in ((gray, name), (rgb, "features")):
             ax.set(xticks=[], yticks=[], xlim=(0, size[across]), ylim=(0, size[up]), title=title, aspect="equal")
     title = f"{output['case']}: volume, and the first three principal components of its features"
     figure.suptitle(title, parse_math=False)  # a name may hold dollars
     figure.savefig(path, dpi=100)
-
-
-def _grid(colours: np.ndarray) -> np.ndarray:
-    return np.array(colours.shape[:3])

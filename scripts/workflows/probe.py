@@ -6,35 +6,33 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.base import RegressorMixin
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import KNeighborsRegressor
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from ..mistakes import Mistake
-from ..networks.bertswin_mae import BertsWinMAE
-from ..weights.pretrained import load_encoder, strict_stem_of
-
 __all__ = [
     "FrozenProbe",
-    "accuracy",
-    "fit_neighbours",
-    "fit_ridge",
-    "label_fractions",
-    "load_frozen",
-    "probe_embeddings",
-    "r_squared",
 ]
 
 logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**power for power in range(-4, 5))
 NEIGHBOURS = (1, 2, 3, 5, 10, 20, 40)
+Cases = tuple[Tensor, Tensor]  # features (cases, …, C) and targets (cases, …, K)
+Score = Callable[[Tensor, Tensor], float]  # of a prediction and its target, larger is better
 
 
+@dataclass
 class FrozenProbe:
     """Read labels off frozen features: token by token, and off the embedding of each volume.
 
@@ -42,193 +40,133 @@ class FrozenProbe:
     embedding, the mean of its tokens, a ridge regression and the nearest neighbours predict how much of each label is
     in the volume, or the class of the case. Penalties and numbers of neighbours are chosen on a part of the training
     cases; the validation cases are looked at once, for the scores.
-
-    Args:
-        encode: maps a volume ``(B, C, D, H, W)`` to features ``(B, C, D/P, H/P, W/P)``.
-        train_loader: batches of ``image`` and ``label``, or of ``image`` and ``class``.
-        val_loader: the same, of other cases.
-        num_labels: labels besides background, numbered from 1.
-        patch_size: P, in voxels.
-        path: the report, JSON.
-        about: what to write into the report besides the scores.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[Tensor], Tensor],
-        train_loader: Iterable[dict[str, Any]],
-        val_loader: Iterable[dict[str, Any]],
-        num_labels: int,
-        patch_size: int,
-        path: str | Path,
-        about: dict[str, Any],
-    ) -> None:
-        self.encode, self.train_loader, self.val_loader = encode, train_loader, val_loader
-        self.num_labels, self.patch_size, self.path, self.about = num_labels, patch_size, Path(path), about
+    encode: Callable[[Tensor], Tensor]  # maps a volume (B, C, D, H, W) to features (B, C, D/P, H/P, W/P)
+    train_loader: Iterable[dict[str, Any]]  # batches of `image` and `label`, or of `image` and `class`
+    val_loader: Iterable[dict[str, Any]]  # the same, of other cases
+    num_labels: int  # besides background, numbered from 1
+    patch_size: int  # P, in voxels
+    path: str | Path  # of the report, JSON
+    about: dict[str, Any]  # goes into the report
 
     def run(self) -> dict[str, Any]:
         """Encode, fit, score, and write the report.
 
         Returns:
-            Of the tokens, where there are label maps: ``r2``, the share of the variance of the label fractions that is
-            explained on validation, averaged over labels; ``r2_standard_error``, by bootstrap over the validation
-            cases; ``r2_by_label``; the ``penalty``. Of the ``embedding``: ``linear`` and ``neighbours``, the share of
-            the variance explained, or with classes the share of the cases classified rightly (and ``majority``, what
-            the most frequent class alone would score); their ``penalty`` and ``k``. And the numbers of cases.
+            The numbers of cases. Of the tokens, where there are label maps: ``r2``, the share of the variance that is
+            explained, averaged over labels, its ``r2_standard_error``, ``r2_by_label``, and the ``penalty``. Of the
+            ``embedding``: ``linear`` and ``neighbours``, the share of the variance explained, or with classes the
+            share classified rightly (``majority``: by the most frequent class alone); their ``penalty`` and ``k``.
         """
-        train_x, train_y, train_classes = self._read(self.train_loader, "encoding training cases")
-        val_x, val_y, val_classes = self._read(self.val_loader, "encoding validation cases")
-        report = {**self.about, "training_cases": len(train_x), "validation_cases": len(val_x)}
-        if train_classes:
-            names = sorted({*train_classes, *val_classes})
-            one_hot = [
-                torch.tensor([[name == own for name in names] for own in c]).double()
-                for c in (train_classes, val_classes)
-            ]
-            report["classes"] = names
-            report["embedding"] = probe_embeddings(train_x.mean(1), one_hot[0], val_x.mean(1), one_hot[1], accuracy)
-            report["embedding"]["majority"] = accuracy(one_hot[0].mean(0).expand_as(one_hot[1]), one_hot[1])
+        train, val = self._read(self.train_loader, "training"), self._read(self.val_loader, "validation")
+        report = {**self.about, "training_cases": len(train[0]), "validation_cases": len(val[0])}
+        if has_classes := isinstance(train[1], list):
+            report["classes"] = names = sorted({*train[1], *val[1]})
+            train, val = ((x.mean(1), _one_hot(own, names)) for x, own in (train, val))
+            report["embedding"] = probe_embeddings(train, val, accuracy)
+            report["embedding"]["majority"] = accuracy(train[1].mean(0).expand_as(val[1]), val[1])
         else:
-            report |= self._probe_tokens(train_x, train_y, val_x, val_y)
-            report["embedding"] = probe_embeddings(
-                train_x.mean(1), train_y.mean(1), val_x.mean(1), val_y.mean(1), _mean_r_squared
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(report, indent=1) + "\n")
+            report |= probe_tokens(train, val)
+            train, val = ((x.mean(1), fractions.mean(1)) for x, fractions in (train, val))
+            report["embedding"] = probe_embeddings(train, val, mean_r_squared)
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
         found = report["embedding"]
         logger.info(
             "from the embeddings of %d cases: linear %.3f, %d nearest neighbours %.3f (%s)",
-            *(len(val_x), found["linear"], found["k"], found["neighbours"]),
-            "share classified rightly" if train_classes else "share of variance explained",
+            *(len(val[0]), found["linear"], found["k"], found["neighbours"]),
+            "share classified rightly" if has_classes else "share of variance explained",
         )
         return report
 
     @torch.no_grad()
-    def _read(self, loader: Iterable[dict[str, Any]], title: str) -> tuple[Tensor, Tensor | None, list[str]]:
-        """Return features ``(cases, N, C)``, and label fractions ``(cases, N, labels)`` or classes."""
+    def _read(self, loader: Iterable[dict[str, Any]], fold: str) -> tuple[Tensor, Tensor | list[str]]:
+        """Return features ``(cases, N, C)``, and label fractions ``(cases, N, labels)`` or the names of classes."""
         features, fractions, classes = [], [], []
-        for batch in tqdm(loader, desc=title, leave=False, disable=None):
+        for batch in tqdm(loader, desc=f"encoding {fold} cases", leave=False, disable=None):
             features.append(self.encode(batch["image"]).float().flatten(2).mT.cpu())
             if "class" in batch:
-                classes += [str(name) for name in batch["class"]]
+                classes += map(str, batch["class"])
             else:
                 fractions.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
-        return torch.cat(features), torch.cat(fractions) if fractions else None, classes
-
-    @staticmethod
-    def _probe_tokens(train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> dict[str, Any]:
-        train_x, val_x = _standardise(train_x, val_x)
-        penalty = _choose(PENALTIES, fit_ridge, train_x, train_y, _mean_r_squared)
-        prediction = fit_ridge(train_x, train_y, penalty)(val_x)
-        scores = r_squared(prediction, val_y)
-        report = {
-            "r2": scores.nanmean().item(),
-            "r2_standard_error": _standard_error(prediction, val_y),
-            "r2_by_label": scores.tolist(),
-            "penalty": penalty,
-            # For paired comparisons of two probes: what each case adds to the error and to the variance.
-            "error_by_case": (prediction - val_y).square().mean(dim=1).tolist(),
-            "variance_by_case": (val_y - val_y.mean(dim=(0, 1))).square().mean(dim=1).tolist(),
-        }
-        logger.info(
-            "from the tokens: %.3f ± %.3f of the variance of the label fractions explained",
-            *(report["r2"], report["r2_standard_error"]),
-        )
-        return report
+        return torch.cat(features), classes or torch.cat(fractions)
 
 
-def load_frozen(pretrained: str | Path | None, settings: dict[str, Any]) -> BertsWinMAE:
-    """Build a network around a pre-trained encoder, to read features in either mode; its decoder is not used.
+def probe_tokens(train: Cases, val: Cases) -> dict[str, Any]:
+    """Predict label fractions from tokens; see :meth:`FrozenProbe.run`."""
+    prediction, penalty = fit_best(ridge, PENALTIES, train, val[0], mean_r_squared)
+    target, scores = val[1], r_squared(prediction, val[1])
+    report = {
+        "r2": scores.nanmean().item(),
+        "r2_standard_error": _standard_error(prediction, target),
+        "r2_by_label": scores.tolist(),
+        "penalty": penalty,
+        # For paired comparisons of two probes: what each case adds to the error and to the variance.
+        "error_by_case": (prediction - target).square().mean(dim=1).tolist(),
+        "variance_by_case": (target - target.mean(dim=(0, 1))).square().mean(dim=1).tolist(),
+    }
+    logger.info(
+        "from the tokens: %.3f ± %.3f of the variance of the label fractions explained",
+        *(report["r2"], report["r2_standard_error"]),
+    )
+    return report
 
-    Args:
-        pretrained: ``model.pt``, or the ``encoder.pt`` of a tuning.
-        settings: arguments of :class:`~bertswin_mae.networks.BertsWinMAE`. ``strict_stem`` may be None: it is read
-            off the weights.
 
-    Raises:
-        Mistake: when there are no such weights, or they do not fit the settings.
-    """
-    if pretrained is None:
-        raise Mistake("give --pretrained, the model.pt of a pre-training or a tuning, or an encoder.pt")
-    strict = strict_stem_of(pretrained, settings["strict_stem"])
-    network = BertsWinMAE(**(settings | {"strict_stem": strict}))
-    load_encoder(network.encoder, pretrained)
-    return network
+def probe_embeddings(train: Cases, val: Cases, score: Score) -> dict[str, Any]:
+    """Predict from embeddings, by ridge regression and by the nearest neighbours; see :meth:`FrozenProbe.run`."""
+    linear, penalty = fit_best(ridge, PENALTIES, train, val[0], score)
+    neighbours, k = fit_best(nearest_neighbours, NEIGHBOURS, train, val[0], score)
+    return {"linear": score(linear, val[1]), "penalty": penalty, "neighbours": score(neighbours, val[1]), "k": k}
 
 
-def probe_embeddings(
-    train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor, score: Callable[[Tensor, Tensor], float]
-) -> dict[str, Any]:
-    """Predict from embeddings, by ridge regression and by the mean of the nearest neighbours.
+def fit_best(
+    build: Callable[[Any, int], RegressorMixin], settings: Sequence[Any], train: Cases, new: Tensor, score: Score
+) -> tuple[Tensor, Any]:
+    """Choose the setting on every fourth training case, fit with it on all of them, and predict.
 
     Args:
-        train_x: ``(cases, C)``.
-        train_y: ``(cases, K)``.
-        val_x: ``(other cases, C)``.
-        val_y: ``(other cases, K)``.
-        score: of a prediction and its target, larger is better.
+        build: an estimator of scikit-learn, from a setting and the number of rows to fit.
+        settings: to choose from.
+        train: to fit; each feature is standardised by their statistics.
+        new: features ``(other cases, …, C)``.
+        score: what the setting is chosen by.
 
     Returns:
-        ``linear`` and its ``penalty``, ``neighbours`` and their number ``k``.
+        The prediction ``(other cases, …, K)``, and the setting.
     """
-    train_x, val_x = _standardise(train_x, val_x)
-    penalty = _choose(PENALTIES, fit_ridge, train_x, train_y, score)
-    k = _choose(NEIGHBOURS, fit_neighbours, train_x, train_y, score)
-    return {
-        "linear": score(fit_ridge(train_x, train_y, penalty)(val_x), val_y),
-        "penalty": penalty,
-        "neighbours": score(fit_neighbours(train_x, train_y, k)(val_x), val_y),
-        "k": k,
-    }
+    scaler = StandardScaler().fit(_rows(train[0]))
+
+    def predict(setting: Any, x: Tensor, y: Tensor, new: Tensor) -> Tensor:
+        x, y = scaler.transform(_rows(x)), _rows(y)
+        prediction = build(setting, len(x)).fit(x, y).predict(scaler.transform(_rows(new)))
+        return torch.from_numpy(prediction).reshape(*new.shape[:-1], -1)
+
+    def judge(setting: Any) -> float:
+        (kept_x, x), (kept_y, y) = ((values[~held_out], values[held_out]) for values in train)
+        found = score(predict(setting, kept_x, kept_y, x), y)
+        return -math.inf if math.isnan(found) else found
+
+    held_out = torch.arange(len(train[0])) % 4 == 0
+    best = max(settings, key=judge) if len(held_out) > 1 else settings[0]
+    return predict(best, *train, new), best
+
+
+def ridge(penalty: float, rows: int) -> Ridge:
+    """Build a linear map; the penalty on its squared weights is relative to the number of rows to fit."""
+    return Ridge(alpha=penalty * rows)
+
+
+def nearest_neighbours(k: int, rows: int) -> KNeighborsRegressor:
+    """Build the mean of the k nearest of the rows to fit, or of all."""
+    return KNeighborsRegressor(min(k, rows))
 
 
 def label_fractions(label: Tensor, num_labels: int, patch_size: int) -> Tensor:
-    """Say what share of each patch every label takes.
-
-    Args:
-        label: ``(B, 1, D, H, W)``, whole numbers, 0 = background.
-        num_labels: labels besides background.
-        patch_size: P, in voxels.
-
-    Returns:
-        ``(B, N, num_labels)``.
-    """
+    """Turn labels ``(B, 1, D, H, W)``, 0 = background, into each one's share of every patch, ``(B, N, num_labels)``."""
     one_hot = torch.cat([(label.round() == number).float() for number in range(1, num_labels + 1)], dim=1)
     return F.avg_pool3d(one_hot, patch_size).flatten(2).mT
-
-
-def fit_ridge(features: Tensor, target: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
-    """Fit a linear map with intercept in closed form, in float64.
-
-    Args:
-        features: ``(..., C)``, standardised.
-        target: ``(..., K)``.
-        penalty: on the squared weights, relative to the number of rows.
-
-    Returns:
-        A function from features to predictions.
-    """
-    x, y = features.reshape(-1, features.shape[-1]).double(), target.reshape(-1, target.shape[-1]).double()
-    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ y)
-    return lambda new: (new.double() - x_mean) @ weights + y_mean
-
-
-def fit_neighbours(features: Tensor, target: Tensor, k: int) -> Callable[[Tensor], Tensor]:
-    """Keep the training cases; predict the mean target of the k nearest.
-
-    Args:
-        features: ``(cases, C)``, standardised.
-        target: ``(cases, K)``.
-        k: neighbours; all, where there are fewer.
-
-    Returns:
-        A function from features to predictions.
-    """
-    k = min(k, len(features))
-    return lambda new: target[torch.cdist(new, features).topk(k, largest=False).indices].double().mean(dim=1)
 
 
 def r_squared(prediction: Tensor, target: Tensor) -> Tensor:
@@ -236,9 +174,14 @@ def r_squared(prediction: Tensor, target: Tensor) -> Tensor:
 
     A constant guess scores 0; where the target is constant, there is nothing to explain: NaN.
     """
-    prediction, target = (values.reshape(-1, values.shape[-1]).double() for values in (prediction, target))
+    prediction, target = (values.flatten(0, -2).double() for values in (prediction, target))
     error, spread = (prediction - target).square().mean(dim=0), target.var(dim=0, correction=0)
     return torch.where(spread > 0, 1 - error / spread, torch.nan)
+
+
+def mean_r_squared(prediction: Tensor, target: Tensor) -> float:
+    """Average :func:`r_squared` over what can be explained."""
+    return r_squared(prediction, target).nanmean().item()
 
 
 def accuracy(prediction: Tensor, target: Tensor) -> float:
@@ -246,34 +189,16 @@ def accuracy(prediction: Tensor, target: Tensor) -> float:
     return (prediction.argmax(dim=1) == target.argmax(dim=1)).double().mean().item()
 
 
-def _mean_r_squared(prediction: Tensor, target: Tensor) -> float:
-    return r_squared(prediction, target).nanmean().item()
-
-
-def _standardise(train_x: Tensor, val_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise each feature by the training cases' statistics."""
-    rows = train_x.flatten(0, -2)
-    mean, scale = rows.mean(dim=0), rows.std(dim=0, correction=0).clamp(min=1e-6)
-    return (train_x - mean) / scale, (val_x - mean) / scale
-
-
-def _choose(
-    candidates: Sequence[Any], fit: Callable[..., Any], features: Tensor, target: Tensor, score: Callable[..., float]
-) -> Any:
-    """Hold every fourth training case out and take the setting that predicts those best."""
-    held_out = torch.arange(len(features)) % 4 == 0
-    if len(features) < 2:
-        return candidates[0]
-
-    def judge(candidate: Any) -> float:
-        found = score(fit(features[~held_out], target[~held_out], candidate)(features[held_out]), target[held_out])
-        return -math.inf if math.isnan(found) else found
-
-    return max(candidates, key=judge)
-
-
 def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) -> float:
     """Bootstrap over cases, always the same way: how much the score would vary with other validation cases."""
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randint(len(target), (len(target),), generator=generator) for _ in range(resamples))
     return torch.stack([r_squared(prediction[draw], target[draw]).nanmean() for draw in draws]).std().item()
+
+
+def _one_hot(own: list[str], names: list[str]) -> Tensor:
+    return F.one_hot(torch.tensor([names.index(name) for name in own]), len(names)).double()
+
+
+def _rows(values: Tensor) -> np.ndarray:
+    return values.flatten(0, -2).double().numpy()

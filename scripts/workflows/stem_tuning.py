@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .. import parallel
-from ..losses import MaskedL2Loss, MaskedLoss, SumOfLosses
+from ..losses import MaskedL2Loss, MaskedLoss
 from ..mistakes import Mistake
 from ..networks.bertswin_mae import BertsWinMAE
 from ..networks.patches import unpatchify
-from ..weights.pretrained import encoder_part, has_strict_stem, load_network, load_state_dict
+from ..weights import encoder_part, fill, read_weights, stem_is_strict
 
 __all__ = ["StemTuning", "StemTuningLoss", "StemTuningReport", "load_original"]
 
@@ -28,34 +28,31 @@ logger = logging.getLogger(__name__)
 OBJECTIVES = ("reconstruction", "distillation", "both")
 
 
-def load_original(pretrained: str | Path | None, settings: dict[str, Any]) -> BertsWinMAE:
+def load_original(
+    build: Callable[..., BertsWinMAE], pretrained: str | Path | None, strict_stem: bool | None = None
+) -> BertsWinMAE:
     """Load a pre-trained network, with the kind of stem that it was trained with.
 
     Args:
+        build: makes the network, given ``strict_stem`` and ``blockwise_norm``.
         pretrained: the whole network's weights, such as ``model.pt`` of a pre-training.
-        settings: arguments of :class:`BertsWinMAE`. ``strict_stem`` may be None: it is read off the weights.
+        strict_stem: what the user says, if anything; else it is read off the weights.
 
     Raises:
-        Mistake: when there are no such weights, or they do not fit the settings.
+        Mistake: when there are no such weights, or they do not fit.
     """
     if pretrained is None:
         raise Mistake("give --pretrained, the model.pt of a pre-training")
-    weights = load_state_dict(pretrained)
+    weights = read_weights(pretrained)
     if not encoder_part(weights):
         raise Mistake(
             f"{pretrained} holds an encoder alone, or another network, where the whole one that was pre-trained is "
             "needed, its decoder included: give the model.pt of a pre-training"
         )
-    strict = bool(has_strict_stem(weights))
-    if settings.get("strict_stem") not in (None, strict):
-        raise Mistake(
-            f"{pretrained} has {'a strict' if strict else 'the default'} stem, not what strict_stem "
-            f"{settings['strict_stem']} says: leave strict_stem out, it is read off the weights"
-        )
-    blockwise = strict and settings.get("blockwise_norm", False)
-    network = BertsWinMAE(**(settings | {"strict_stem": strict, "blockwise_norm": blockwise}))
-    load_network(network, weights, pretrained)
-    return network
+    strict_stem = stem_is_strict(weights, pretrained, strict_stem)
+    # Of a default stem, blockwise norms can only be wanted of the fresh one that takes its place.
+    blockwise = {} if strict_stem else {"blockwise_norm": False}
+    return fill(build(strict_stem=strict_stem, **blockwise), weights, pretrained)
 
 
 class StemTuning(nn.Module):
@@ -68,28 +65,32 @@ class StemTuning(nn.Module):
         original: the pre-trained network; it is frozen.
         stem: ``keep`` tunes a copy of the original's stem (the paper's ways A and C); ``strict`` starts from a fresh
             stem of non-overlapping kernels (way B) and says which weights are new.
-        settings: arguments of :class:`BertsWinMAE` that built ``original``.
+        build: makes a network like the original, given ``strict_stem``.
         objective: ``reconstruction``, ``distillation`` or ``both``; see :class:`StemTuningLoss`.
+        blockwise_norm: whether the tuned stem is to have it.
 
     Raises:
-        Mistake: for another ``stem`` or ``objective``.
+        Mistake: for another ``stem``.
     """
 
-    def __init__(self, original: BertsWinMAE, stem: str, settings: dict[str, Any], objective: str) -> None:
+    def __init__(
+        self,
+        original: BertsWinMAE,
+        stem: str,
+        build: Callable[..., BertsWinMAE],
+        objective: str,
+        blockwise_norm: bool = False,
+    ) -> None:
         super().__init__()
         if stem not in ("keep", "strict"):
             raise Mistake(f"stem {stem!r} must be 'keep' or 'strict'")
-        self.objective = _checked_objective(objective)
-        self.original = original.requires_grad_(False)
-        if stem == "keep" and settings.get("blockwise_norm") and not original.encoder.strict_stem:
+        if stem == "keep" and blockwise_norm and not original.encoder.strict_stem:
             raise Mistake(
                 "blockwise_norm needs a strict stem, which the pre-trained one is not: give --stem strict too"
             )
-        if stem == "keep":
-            self.network = copy.deepcopy(original)
-        else:
-            self.network = BertsWinMAE(**(settings | {"strict_stem": True}))
-            _take_all_but_the_stem(self.network, original)
+        self.objective, self.original = objective, original.requires_grad_(False)
+        fresh = build(strict_stem=True) if stem == "strict" else None
+        self.network = copy.deepcopy(original) if fresh is None else _with_all_but_the_stem(fresh, original)
         self.network.requires_grad_(False)
         self.network.encoder.stem.requires_grad_(True)
 
@@ -115,7 +116,7 @@ class StemTuning(nn.Module):
             patch_features = self.original.extract_features(volume)
         out = {"features": features, "patch_features": patch_features}
         if self.objective != "distillation" or not self.training:
-            patches, encoder = self.network.decoder.rebuild_patches(features), self.network.encoder
+            patches, encoder = self.network.decoder.reconstruct_patches(features), self.network.encoder
             out["reconstructed_cube"] = unpatchify(patches, encoder.patch_size, encoder.grid_size)
             out["reconstructed_patches"] = patches
             out["mae_mask_1d"] = volume.new_ones(volume.shape[0], self.network.encoder.num_patches)
@@ -123,16 +124,10 @@ class StemTuning(nn.Module):
             out["patch_mode_cube"] = self.original.decoder(patch_features)
         return out
 
-    def check_frozen(self) -> None:
-        """Raise a RuntimeError unless all but the stem is the original's, bit for bit."""
-        original = self.original.state_dict()
-        changed = [
-            name
-            for name, value in self.network.state_dict().items()
-            if not name.startswith("encoder.stem.") and not torch.equal(value, original[name])
-        ]
-        if changed:
-            raise RuntimeError(f"{len(changed)} frozen weights changed during stem tuning, the first one {changed[0]}")
+    def changed_weights(self) -> list[str]:
+        """Name the weights outside the stem that are not the original's, bit for bit: there should be none."""
+        original, tuned = (_all_but_the_stem(network) for network in (self.original, self.network))
+        return [name for name, value in tuned.items() if not torch.equal(value, original[name])]
 
 
 class StemTuningLoss(nn.Module):
@@ -147,18 +142,19 @@ class StemTuningLoss(nn.Module):
         reconstruction: the error of a reconstruction; default: the mean squared one.
     """
 
-    def __init__(self, objective: str, reconstruction: MaskedLoss | SumOfLosses | None = None) -> None:
+    def __init__(self, objective: str, reconstruction: MaskedLoss | None = None) -> None:
         super().__init__()
-        self.objective, self.reconstruction = _checked_objective(objective), reconstruction or MaskedL2Loss()
+        if objective not in OBJECTIVES:
+            raise Mistake(f"objective {objective!r} must be one of {OBJECTIVES}")
+        self.objective, self.reconstruction = objective, reconstruction or MaskedL2Loss()
         if objective == "distillation" and list(self.reconstruction.weights) != ["l2"]:
             raise Mistake("--loss says how a reconstruction is judged: give --objective reconstruction, or both, too")
 
-    @property
-    def last_components(self) -> dict[str, Tensor]:
-        """What the reconstruction's error was made of in the last call."""
-        return self.reconstruction.last_components
-
     def forward(self, prediction: dict[str, Tensor], target: Tensor) -> Tensor:
+        """Return the loss alone; see :meth:`score`."""
+        return self.score(prediction, target)[0]
+
+    def score(self, prediction: dict[str, Tensor], target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Score the output of :class:`StemTuning`.
 
         Args:
@@ -166,16 +162,16 @@ class StemTuningLoss(nn.Module):
             target: ``(B, N, P³·C)``, the volume in patches.
 
         Returns:
-            A scalar.
+            The loss, a scalar, and what the reconstruction's error is made of.
         """
-        loss = target.new_zeros(())
+        loss, components = target.new_zeros(()), {}
         if self.objective != "distillation":
-            loss = loss + self.reconstruction(prediction, target)
+            loss, components = self.reconstruction.score(prediction, target)
         if self.objective != "reconstruction":
             features, goal = prediction["features"].float(), prediction["patch_features"].float()
             variance = goal.var(dim=(0, 2, 3, 4), correction=0).mean()
             loss = loss + F.mse_loss(features, goal) / variance.clamp(min=1e-12)
-        return loss
+        return loss, components
 
 
 class StemTuningReport:
@@ -199,18 +195,17 @@ class StemTuningReport:
 
     def check_start(self, engine: Engine) -> None:
         """Refuse to continue a run that started from other weights."""
-        try:
-            self.tuning.check_frozen()
-        except RuntimeError as error:
+        if self.tuning.changed_weights():
             raise Mistake(
                 "--pretrained is not the network that this run started from: continue it with the same one, or choose "
                 "another --output_dir"
-            ) from error
+            )
 
     def write(self, engine: Engine) -> None:
         """Check the frozen weights and write the report."""
-        self.tuning.check_frozen()
-        if parallel.rank() > 0:
+        if changed := self.tuning.changed_weights():
+            raise RuntimeError(f"{len(changed)} frozen weights changed during stem tuning, the first one {changed[0]}")
+        if idist.get_rank() > 0:
             return
         records = [json.loads(line) for line in self.metrics.read_text().splitlines()]
         report = summarise(records) | {"objective": self.tuning.objective}
@@ -246,15 +241,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _checked_objective(objective: str) -> str:
-    if objective not in OBJECTIVES:
-        raise Mistake(f"objective {objective!r} must be one of {OBJECTIVES}")
-    return objective
+def _all_but_the_stem(network: BertsWinMAE) -> dict[str, Tensor]:
+    return {name: value for name, value in network.state_dict().items() if not name.startswith("encoder.stem.")}
 
 
-def _take_all_but_the_stem(network: BertsWinMAE, original: BertsWinMAE) -> None:
-    ours = network.state_dict()
-    weights = {name: value for name, value in original.state_dict().items() if not name.startswith("encoder.stem.")}
-    new = sorted(ours.keys() - weights.keys())
-    logger.info("%d weights taken over; new, as the stem is a fresh strict one: %s", len(weights), ", ".join(new))
-    network.load_state_dict(ours | weights)
+def _with_all_but_the_stem(network: BertsWinMAE, original: BertsWinMAE) -> BertsWinMAE:
+    ours, weights = network.state_dict(), _all_but_the_stem(original)
+    new = ", ".join(sorted(ours.keys() - weights.keys()))
+    logger.info("%d weights taken over; new, as the stem is a fresh strict one: %s", len(weights), new)
+    return fill(network, ours | weights)

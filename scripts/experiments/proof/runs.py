@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,78 +20,109 @@ from ...weights import checkpoints
 __all__ = ["ROOT", "Run", "execute", "last_metrics"]
 
 ROOT = Path(__file__).resolve().parents[3]
+# The config files of each workflow, a later one over those before it; overlays of the contestants come last.
+CONFIGS = {
+    "training": ("train.yaml", "small.yaml"),
+    "tuning": ("train.yaml", "tune_stem.yaml", "small.yaml"),
+    "finetuning": ("train.yaml", "finetune_segmentation.yaml", "small.yaml"),
+    "probe": ("train.yaml", "probe.yaml", "small.yaml"),
+}
+# How a run ends whose loss, gradient or validation is no finite number any more, and what it then counts as.
+DIVERGED = re.compile(r"^error: (.+ is (?:nan|-?inf) (?:in|after) epoch (\d+).+)$", re.MULTILINE)
+WORST = {"val_mse": math.inf, "val_unexplained": math.inf, "val_dice": 0.0, "val_hausdorff": math.inf}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a workflow.
+    """One run of a workflow."""
 
-    Args:
-        folder: its ``output_dir``.
-        workflow: such as ``training``.
-        configs: file names below ``configs``.
-        knobs: over those of the configs; those that are None are left out.
-    """
+    folder: Path  # its output_dir
+    workflow: str  # of CONFIGS
+    knobs: Mapping[str, Any]  # over those of the configs; those that are None are left out
+    overlays: tuple[str, ...] = ()  # config files on top of the workflow's own
 
-    folder: Path
-    workflow: str
-    configs: tuple[str, ...]
-    knobs: dict[str, Any] = field(default_factory=dict)
+    def config_files(self) -> list[str]:
+        """Tell the paths of the workflow's config files and of the overlays."""
+        return [str(ROOT / "configs" / name) for name in (*CONFIGS[self.workflow], *self.overlays)]
 
-    @property
-    def record(self) -> Path:
-        """The file that says with which knobs and code it was started, and whether it is complete."""
-        return self.folder / "run.json"
+    def record(self) -> dict[str, Any]:
+        """Read ``run.json``: with which knobs and code it was started, whether it is complete, how it diverged."""
+        file = self.folder / "run.json"
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the lines of ``metrics.jsonl``, one a validation."""
+        """Read the lines of ``metrics.jsonl``, one a validation; of a run that diverged, the worst scores behind."""
         file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if problem := self.record().get("diverged"):
+            iteration = records[-1]["iteration"] if records else 0
+            records.append({"epoch": problem["epoch"], "iteration": iteration, **WORST})
+        return records
 
     def last_weights(self) -> Path:
         """Write the network of the last epoch, flat, to ``last.pt``; that in ``model.pt`` is chosen by validation.
 
         Raises:
-            Mistake: when there is no whole checkpoint.
+            Mistake: when there is no whole checkpoint, or the run diverged.
         """
+        if problem := self.record().get("diverged"):
+            raise Mistake(f"{self.folder} has no weights to go on with: {problem['message']}")
         path = self.folder / "last.pt"
         if not path.exists():
             checkpoints.save(checkpoints.load(self.folder / "checkpoints" / "training_state.pt")["network"], path)
         return path
 
     def execute(self, threads: int) -> None:
-        """Run it, unless it is complete.
+        """Run it, unless it is complete; one that diverges is.
 
         Raises:
             Mistake: when it fails, with the end of its log; was stopped; or is there with other knobs.
         """
         knobs = {name: value for name, value in self.knobs.items() if value is not None}
-        settings = {"workflow": self.workflow, "configs": list(self.configs), "knobs": knobs}
-        if self.record.exists():
-            found = json.loads(self.record.read_text())
+        configs = [*CONFIGS[self.workflow], *self.overlays]
+        settings = {"workflow": self.workflow, "configs": configs, "knobs": knobs}
+        if found := self.record():
             if any(found[key] != value for key, value in settings.items()):
-                raise Mistake(f"{self.folder} holds a run with other knobs, see {self.record}: remove it")
+                raise Mistake(f"{self.folder} holds a run with other knobs, see its run.json: remove it")
             if found["complete"]:
                 return
+        settings["code_version"] = _code_version()
+        self._write_record(settings | {"complete": False})
+        ended = self._start(knobs, threads)
+        if ended.returncode:
+            problem = DIVERGED.search(ended.stdout)
+            if problem is None:
+                raise Mistake(f"{' '.join(ended.args)}\nended with {ended.returncode}:\n{ended.stdout[-2000:]}")
+            settings["diverged"] = {"epoch": int(problem[2]), "message": problem[1]}
+        elif max((record["epoch"] for record in self.metrics()), default=0) < knobs.get("max_epochs", 0):
+            raise Mistake(f"{self.folder} was stopped before its end: the same command continues it")  # by SIGTERM
+        self._write_record(settings | {"complete": True})
+
+    def _write_record(self, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings |= {"code_version": _code_version()}
-        self.record.write_text(json.dumps(settings | {"complete": False}, indent=1) + "\n")
-        files = str([str(ROOT / "configs" / name) for name in self.configs])
-        command = [sys.executable, "-m", "monai.bundle", "run", self.workflow, "--config_file", files]
-        for name, value in (knobs | {"output_dir": str(self.folder)}).items():
+        (self.folder / "run.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    def _start(self, knobs: Mapping[str, Any], threads: int) -> subprocess.CompletedProcess[str]:
+        """Start or continue it, and wait for its end; what it prints goes to ``log.txt`` and into the result."""
+        command = [
+            sys.executable,
+            "-m",
+            "monai.bundle",
+            "run",
+            self.workflow,
+            "--config_file",
+            str(self.config_files()),
+        ]
+        for name, value in {**knobs, "output_dir": str(self.folder)}.items():
             command += [f"--{name}", json.dumps(value) if isinstance(value, list | bool) else str(value)]
         if (self.folder / "checkpoints").exists():
             command += ["--resume", "true"]
-        log = self.folder / "log.txt"
-        with log.open("a") as lines:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=lines, stderr=lines, check=False)  # noqa: S603
-        if ended.returncode:
-            raise Mistake(f"{' '.join(command)}\nended with {ended.returncode}:\n{log.read_text()[-2000:]}")
-        done = max((record["epoch"] for record in self.metrics()), default=0)
-        if done < knobs.get("max_epochs", 0):  # SIGTERM ends a run with 0
-            raise Mistake(f"{self.folder} was stopped before its end: the same command continues it")
-        self.record.write_text(json.dumps(settings | {"complete": True}, indent=1) + "\n")
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with (self.folder / "log.txt").open("a+") as log:
+            start = log.tell()
+            ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)  # noqa: S603
+            log.seek(start)
+            return subprocess.CompletedProcess(command, ended.returncode, stdout=log.read())
 
 
 def execute(runs: Sequence[Run], jobs: int) -> None:

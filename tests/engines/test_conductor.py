@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import SHARED, noise
+from conftest import FIXTURES, noise
 
 from scripts.engines import GradientConductor
-
-FIXTURE = SHARED / "fixtures" / "gradient_conductor.pt"
 
 
 def settings(config):
@@ -24,10 +22,9 @@ def settings(config):
     }
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="the reference tensors in ../shared/fixtures are not here")
 @pytest.mark.parametrize("name", ["smooth_lion", "smooth_momentum", "zones_lion"])
 def test_merged_gradients_and_updates_match_the_reference(name):
-    case = torch.load(FIXTURE, weights_only=True)[name]
+    case = torch.load(FIXTURES / "gradient_conductor.pt", weights_only=True)[name]
     parameters = [value.clone().requires_grad_() for value in case["parameters"]]
     conductor = GradientConductor(parameters, **settings(case["config"]))
     for step in case["steps"]:

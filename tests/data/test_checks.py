@@ -15,10 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_volume
+from conftest import ROOT, started, write_volume
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from monai.bundle import ConfigWorkflow
 
 from scripts import weights
 from scripts.data import check_labels, labelled, prepare_cases, volume_problem
@@ -242,7 +241,7 @@ def test_a_bad_checkpoint_is_refused_with_the_message_of_the_table(name, tmp_pat
     path = tmp_path / "model.pt"
     CHECKPOINTS[name](path)
     with pytest.raises(ValueError) as caught:
-        weights.load_network(torch.nn.Linear(2, 2), weights.load_state_dict(path), path)
+        weights.fill(torch.nn.Linear(2, 2), path)
     for part in row_of(name):
         assert part in str(caught.value), str(caught.value)
     assert "executed" not in capsys.readouterr().out
@@ -275,11 +274,8 @@ KNOBS = {
 def test_a_bad_knob_is_refused_with_the_message_of_the_table(name, tmp_path):
     knobs = {"output_dir": str(tmp_path / "out")} | KNOBS[name](tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    configs = [str(ROOT / "configs" / config) for config in ("train.yaml", "small.yaml")]
     with pytest.raises(RuntimeError) as caught:
-        training = ConfigWorkflow(configs, workflow_type="train", **knobs)
-        training.initialize()
-        training.parser.get_parsed_content("network")
+        started(**knobs).parser.get_parsed_content("network")
     messages = " ".join(map(str, causes(caught.value)))
     for part in row_of(name):
         assert part in messages, messages

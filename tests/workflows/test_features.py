@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -12,9 +13,10 @@ from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder
 from scripts.engines import FeatureWindowInferer
-from scripts.weights import load_encoder, strict_stem_of
+from scripts.weights import build_pretrained, fill
 from scripts.workflows import Placement, feature_affine, place_in_window, principal_colours
 
+ENCODER = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
 ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
     "img_size", "patch_size", "encoder_embed_dim", "encoder_depth", "encoder_num_heads", "swin_window_size",
     "stem_base_dim")}  # fmt: skip
@@ -91,14 +93,13 @@ def test_weights_of_the_encoder_alone_and_of_the_whole_network_both_load(tmp_pat
     model = tiny()
     torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "model.pt")
     torch.save(model.encoder.state_dict(), tmp_path / "encoder.pt")
-    settings = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
     for name in ("model.pt", "encoder.pt"):
-        encoder = load_encoder(BertsWinEncoder(**settings), tmp_path / name)
+        encoder = fill(BertsWinEncoder(**ENCODER), tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.encoder.parameters(), strict=True))
     with pytest.raises(
         ValueError, match=r"do not fit this network of \d+ tensors: .* reshaped \(stem\.proj\.weight \(48,"
     ):
-        load_encoder(BertsWinEncoder(**(settings | {"encoder_embed_dim": 96})), tmp_path / "model.pt")
+        fill(BertsWinEncoder(**(ENCODER | {"encoder_embed_dim": 96})), tmp_path / "model.pt")
 
 
 def test_principal_colours_follow_the_largest_variance():
@@ -287,7 +288,7 @@ def test_weights_of_a_strict_stem_are_recognised(tmp_path):
     with pytest.raises(
         ValueError, match=r"model\.pt has a strict stem, not what strict_stem False says: leave strict_stem out"
     ):
-        load_encoder(tiny().encoder, tmp_path / "model.pt")
+        build_pretrained(partial(BertsWinEncoder, **ENCODER), tmp_path / "model.pt", strict_stem=False)
 
 
 @pytest.mark.parametrize("strict_stem", [False, True])
@@ -306,12 +307,3 @@ def test_skips_are_placed_where_their_kernels_are_centred(strict_stem):
         placement = Placement((0, 0, 0), (32, 32, 32), 8)
         affine = feature_affine(np.eye(4), placement, 2**level, None if strict_stem else 0.0)
         assert (affine @ [2, 0, 0, 1])[0] == pytest.approx(centre.item())
-
-
-def test_the_kind_of_stem_is_read_off_the_checkpoint(tmp_path):
-    for strict in (True, False):
-        torch.save(tiny(strict_stem=strict).encoder.state_dict(), tmp_path / "encoder.pt")
-        assert strict_stem_of(tmp_path / "encoder.pt") == strict
-    assert strict_stem_of(tmp_path / "encoder.pt", given=True)
-    assert strict_stem_of(None)
-    assert strict_stem_of(tmp_path / "nowhere.pt")

@@ -1,34 +1,55 @@
 """Promises of the experiments: every run once, with the knobs that its record names."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_KNOBS
 
-from scripts.experiments.proof import __main__ as proof
+from scripts.data.cases import find_cases, labelled
+from scripts.experiments.proof import experiments as proof
 from scripts.experiments.proof import runs as proof_runs
-from scripts.experiments.proof.__main__ import PRETRAININGS, RATES, Proof
+from scripts.experiments.proof.contestants import PRETRAININGS, RATES
+from scripts.experiments.proof.experiments import Proof
 from scripts.experiments.proof.report import report_convergence, report_probes, report_scores
 from scripts.experiments.proof.runs import Run, execute
+from scripts.mistakes import Mistake, command
+
+
+def test_a_command_ends_with_a_mistake_alone_and_with_a_bug_as_it_is():
+    def wrong(kind):
+        try:
+            raise {"mistake": Mistake, "file": OSError, "bug": KeyError}[kind]("this is wrong")
+        except Mistake as error:
+            raise RuntimeError("MONAI says it in many words") from error
+
+    for kind in ("mistake", "file"):
+        with pytest.raises(SystemExit, match=r"^error: this is wrong$"):
+            command({"wrong": wrong}, ["wrong", kind])
+    with pytest.raises(KeyError):
+        command({"wrong": wrong}, ["wrong", "bug"])
 
 
 @pytest.fixture
 def run(cohort, tmp_path):
     knobs = TINY_KNOBS | {"dataset_dir": str(cohort), "max_epochs": 1, "strict_stem": True}
-    return Run(tmp_path / "run", "training", ("train.yaml", "small.yaml"), knobs)
+    return Run(tmp_path / "run", "training", knobs)
 
 
 @pytest.fixture
 def experiments(tmp_path):
     """Experiments on forty volumes that are names alone."""
     training = [{"image": f"{number}.nii.gz", "label": f"label_{number}.nii.gz"} for number in range(40)]
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
     for item in training:
         for path in item.values():
-            (tmp_path / path).touch()
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
-    return Proof(str(tmp_path), str(tmp_path / "out"), epochs=100)
+            (dataset / path).touch()
+    (dataset / "dataset.json").write_text(json.dumps({"training": training}))
+    return Proof(str(dataset), str(tmp_path / "out"), epochs=100)
 
 
 @pytest.mark.slow
@@ -40,15 +61,15 @@ def test_a_run_is_done_once_and_another_in_its_place_is_refused(run, monkeypatch
     monkeypatch.setattr(proof_runs.subprocess, "run", None)
     execute([run], jobs=1)  # there already
     with pytest.raises(ValueError, match="holds a run with other knobs"):
-        execute([Run(run.folder, run.workflow, run.configs, run.knobs | {"seed": 1})], jobs=1)
+        execute([Run(run.folder, run.workflow, run.knobs | {"seed": 1})], jobs=1)
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_why_and_is_not_complete(run):
-    broken = Run(run.folder, run.workflow, run.configs, run.knobs | {"patch_size": 7})
+    broken = Run(run.folder, run.workflow, run.knobs | {"patch_size": 7})
     with pytest.raises(ValueError, match="patch_size 7 must be a power of two"):
         execute([broken], jobs=1)
-    assert json.loads(broken.record.read_text())["complete"] is False
+    assert broken.record()["complete"] is False
 
 
 def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(experiments, monkeypatch):
@@ -68,12 +89,36 @@ def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(experiment
 
 
 def test_training_volumes_are_divided_without_those_of_the_validation(experiments):
-    inner = json.loads(Path(experiments._training_volumes_alone()).read_text())
+    inner = find_cases(experiments.inner_dataset)
     outer = {Path(case["image"]).name for case in experiments.folds["training"]}
-    named = {fold: {Path(item["image"]).name for item in items} for fold, items in inner.items()}
+    named = {fold: {Path(case["image"]).name for case in cases} for fold, cases in inner.items()}
     assert named["training"] | named["validation"] == outer
     assert not named["training"] & named["validation"]
-    assert all("label" in item for item in inner["training"])
+    assert all("label" in case for case in inner["training"])
+
+
+def test_a_dataset_that_moves_changes_no_choice_of_cases(experiments, tmp_path):
+    def chosen(proof):
+        inner = find_cases(proof.inner_dataset)
+        assert all(Path(case["image"]).exists() for case in inner["training"])
+        held_out = [case["case"] for case in inner["validation"]]
+        return held_out, [case["case"] for case in labelled(inner["training"], 20)], proof.dataset_dir
+
+    before = chosen(experiments)
+    moved = (tmp_path / "dataset").rename(tmp_path / "moved")
+    assert chosen(Proof(str(moved), str(tmp_path / "out"))) == before
+    elsewhere = chosen(Proof(str(moved), str(tmp_path / "anew")))
+    assert elsewhere[:2] == before[:2]
+
+
+def test_other_cases_are_refused_where_experiments_are(experiments, tmp_path):
+    other = Path(shutil.copytree(tmp_path / "dataset", tmp_path / "other"))
+    content = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({"training": content["training"][1:]}))
+    with pytest.raises(ValueError, match="holds experiments on other cases"):
+        Proof(str(other), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="must not lie within the dataset"):
+        Proof(str(other), str(other / "out"))
 
 
 def test_scores_become_a_table_and_a_figure(tmp_path):
@@ -84,12 +129,13 @@ def test_scores_become_a_table_and_a_figure(tmp_path):
         for key, values in dice.items()
         for seed in (0, 1)
     }
+    scores["unet", 5, 1] = proof_runs.WORST
     selection = {("unet", 0, 0.001): [0.5], ("unet", 4, 0.001): [0.25, 0.125]}
-    contestants = ["bertswin_strict", "unet"]
-    report_scores(tmp_path, "segmentation", scores, contestants, (5, None), (0, 1), selection)
+    report_scores(tmp_path, "segmentation", scores, selection)
     table = (tmp_path / "segmentation.md").read_text()
     assert "| 5 labels | all labels |" in table
     assert "| BertsWin, pre-trained and tuned | 72.0 ± 2.8 (2.50) | 80.0 ± 0.0 (2.50) |" in table
+    assert "| MONAI U-Net, from scratch | 25.0 ± 35.4 (inf) | 90.0 ± 0.0 (2.50) |" in table
     assert "| MONAI U-Net, from scratch, frozen at first | 0.2500, 0.1250 |" in table
     assert (tmp_path / "segmentation.png").stat().st_size > 5000
 
@@ -126,7 +172,7 @@ def test_probes_become_a_table_of_means(tmp_path):
         for most in (5, None)
         for seed in (0, 1)
     }
-    report_probes(tmp_path, probes, ["vit_mae"], (5, None), (0, 1))
+    report_probes(tmp_path, probes)
     table = (tmp_path / "probing.md").read_text()
     assert "| MONAI ViT-MAE, pre-trained | patches, linear | 0.200 ± 0.141 | 0.200 ± 0.141 |" in table
     assert "| embeddings, linear | 0.500 ± 0.000 |" in table
@@ -136,7 +182,7 @@ def test_probes_become_a_table_of_means(tmp_path):
 def test_contestants_differ_in_weights_and_in_what_follows_from_them(experiments, tmp_path):
     def knobs(name, freeze):
         weights = {"bertswin_strict": tmp_path / "w.pt"}
-        return experiments._finetuning("run", name, freeze, 0.01, weights, {"seed": 1}).knobs
+        return experiments._finetuning("run", (name, freeze, 0.01), weights, {"seed": 1}).knobs
 
     def differing(first, second):
         return {name for name in first if first[name] != second[name]}
@@ -148,20 +194,25 @@ def test_contestants_differ_in_weights_and_in_what_follows_from_them(experiments
 
 
 def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, tmp_path, monkeypatch):
+    figures = {"val_dice": 0.5, "val_hausdorff": 1.0, "r2": 0.1, "embedding": {"linear": 0.2, "neighbours": 0.3}}
     done = []
+
+    def pretend(runs, jobs):
+        for run in runs:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "probe.json"):
+                (run.folder / name).write_text(json.dumps(figures) + "\n")
+        done.extend(runs)
+
     monkeypatch.setattr(
         experiments, "_encoders", lambda: dict.fromkeys(["bertswin_strict", "untuned", "vit_mae"], tmp_path)
     )
     for module in (proof, proof_runs):
-        monkeypatch.setattr(module, "execute", lambda runs, jobs: done.extend(runs))
-    metrics = {"val_dice": 0.5, "val_hausdorff": 1.0, "r2": 0.1, "embedding": {"linear": 0.2, "neighbours": 0.3}}
-    monkeypatch.setattr(Run, "metrics", lambda run: [metrics])
-    monkeypatch.setattr(proof.json, "loads", lambda text: metrics)
-    monkeypatch.setattr(Path, "read_text", lambda path: "")
+        monkeypatch.setattr(module, "execute", pretend)
     counts = {}
-    for command in ("segmentation", "tuning", "probing"):
-        getattr(experiments, command)()
-        counts[command] = len({run.folder for run in done if run.folder.parent.name == command})
+    for experiment in ("segmentation", "tuning", "probing"):
+        getattr(experiments, experiment)()
+        counts[experiment] = len({run.folder for run in done if run.folder.parent.name == experiment})
     assert counts == {"segmentation": 5 * 9, "tuning": 4 * 9, "probing": 3 * 9}
     frozen = [run.knobs for run in done if run.folder.parent.name == "tuning"]
     assert all(knobs["freeze_epochs"] == knobs["max_epochs"] for knobs in frozen)
@@ -185,38 +236,84 @@ def test_the_best_two_ways_on_the_held_out_volumes_are_tried_again_and_the_bette
         (0, 0.03),
         (4, 0.01),
     }
-    assert proof._best(found, "random") == (4, 0.01)
+    assert proof._best(found, "random") == ("random", 4, 0.01)
 
 
-def test_what_is_timed_later_is_put_on_the_scale_of_what_was_timed_before(experiments, monkeypatch):
-    seconds = {"dataset_dir": experiments.dataset_dir, "seconds": {"bertswin": 6.0, "vit_mae": 5.0}}
-    experiments.folder.mkdir()
-    (experiments.folder / "seconds.json").write_text(json.dumps(seconds))
+def test_an_epoch_is_timed_once_the_networks_taking_turns(experiments, monkeypatch):
     timed = []
 
     def time_training(files, epochs, **knobs):
-        timed.append(knobs)
-        return None, torch.tensor([1.0]), torch.tensor([3.0 if "batch_size" in knobs else 2.0])
+        timed.append(files[-1])
+        return None, torch.tensor([1.0]), torch.tensor([float(len(timed))])
 
     monkeypatch.setattr(proof, "time_training", time_training)
-    found = experiments._seconds_per_epoch(rounds=1)
-    late = {"bertswin_strict": 6.0, "bertswin_tenth": 8.0, "bertswin_fifth": 8.0}
-    assert found == {"bertswin": 6.0, "vit_mae": 5.0} | late
-    assert len(timed) == 3  # the fifth has the settings of the tenth
+    found = experiments._seconds_per_epoch()
+    assert found == {name: 1.0 + 6 + number for number, name in enumerate(PRETRAININGS)}  # the second of three rounds
     assert experiments._seconds_per_epoch() == found
-    assert len(timed) == 3
+    assert len(timed) == 3 * len(PRETRAININGS)
+    assert sum("vit_mae" in name for name in timed) == 3
 
 
 def test_a_run_that_was_stopped_is_not_complete(run, monkeypatch):
+    monkeypatch.setattr(proof_runs, "_code_version", lambda: "unknown")
+
     def stopped(*arguments, **keywords):
         (run.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
         return proof_runs.subprocess.CompletedProcess([], 0, stdout="")
 
     monkeypatch.setattr(proof_runs.subprocess, "run", stopped)
-    longer = Run(run.folder, run.workflow, run.configs, run.knobs | {"max_epochs": 2})
+    longer = Run(run.folder, run.workflow, run.knobs | {"max_epochs": 2})
     with pytest.raises(ValueError, match="stopped before its end"):
         longer.execute(1)
-    assert json.loads(longer.record.read_text())["complete"] is False
+    assert longer.record()["complete"] is False
+
+
+MESSAGES = [
+    "the loss is nan in epoch 2, iteration 5, on a, b: look at these volumes, or lower learning_rate",
+    "the gradient's norm is inf in epoch 2, iteration 5, on a, b: look at these volumes, or lower learning_rate",
+    "val_mse is nan after epoch 2: training has diverged; the checkpoint of the epoch before is as it was",
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_run_that_diverges_counts_as_the_worst_one(run, monkeypatch, message):
+    run.folder.mkdir()
+    (run.folder / "log.txt").write_text("of an earlier attempt\n")
+
+    def diverges(command, stdout, **keywords):
+        stdout.write(f"epoch 1/4\nerror: {message}\n")
+        (run.folder / "metrics.jsonl").write_text('{"epoch": 1, "iteration": 2, "val_mse": 0.5}\n')
+        return proof_runs.subprocess.CompletedProcess(command, 1, stdout="")
+
+    monkeypatch.setattr(proof_runs.subprocess, "run", diverges)
+    monkeypatch.setattr(proof_runs, "_code_version", lambda: "unknown")
+    last = proof_runs.last_metrics({"it": run}, jobs=1)["it"]
+    assert (last["val_mse"], last["val_dice"], last["epoch"]) == (math.inf, 0, 2)
+    assert run.record()["complete"]
+    assert run.record()["diverged"] == {"epoch": 2, "message": message}
+    monkeypatch.setattr(proof_runs.subprocess, "run", None)
+    run.execute(1)  # there already
+    with pytest.raises(ValueError, match=f"no weights to go on with: {message}"):
+        run.last_weights()
+
+
+def test_the_message_of_an_earlier_attempt_does_not_count(run, monkeypatch):
+    run.folder.mkdir()
+    (run.folder / "log.txt").write_text(f"error: {MESSAGES[0]}\n")
+    fails = proof_runs.subprocess.CompletedProcess([], 1, stdout="")
+    monkeypatch.setattr(proof_runs, "_code_version", lambda: "unknown")
+    monkeypatch.setattr(proof_runs.subprocess, "run", lambda *arguments, **keywords: fails)
+    with pytest.raises(ValueError, match="ended with 1"):
+        run.execute(1)
+    assert run.record()["complete"] is False
+
+
+@pytest.mark.slow
+def test_training_that_diverges_is_told_by_its_last_line(run):
+    hot = Run(run.folder, run.workflow, run.knobs | {"learning_rate": 1e30, "clip_norm": 1e30, "max_epochs": 3})
+    execute([hot], jobs=1)
+    assert "is nan" in hot.record()["diverged"]["message"]
+    assert hot.metrics()[-1]["val_mse"] == math.inf
 
 
 @pytest.mark.parametrize(("given", "read"), [(5, [5]), ("all", [None]), (None, [None]), ((5, "all"), [5, None])])

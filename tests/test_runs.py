@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(cohort, tmp_path):
     assert train(output_dir=whole, **settings).returncode == 0
 
     process = start_training(output_dir=parts, **settings)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while not (parts / "checkpoints" / "training_state.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()

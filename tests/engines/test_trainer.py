@@ -73,6 +73,16 @@ def test_masks_follow_from_the_seed_of_each_volume():
     assert kwargs["masked"].sum(dim=1).tolist() == [48, 48]
 
 
+def test_a_field_of_view_in_the_batch_says_which_patches_are_valid_and_the_ratio_counts_these():
+    fov = torch.zeros(2, 1, 32, 32, 32, dtype=torch.uint8)
+    fov[:, :, 8:] = 1  # three of four layers of patches
+    _, _, _, masks = PrepareMaskedBatch(8, 0.75)({"image": noise(2, 1, 32, 32, 32), "fov": fov, "case": ["a", "b"]})
+    valid = masks["valid_for_masking_mask"]
+    assert torch.equal(valid.reshape(2, 4, 16).all(dim=2), torch.tensor([[False, True, True, True]] * 2))
+    assert (masks["masked"] & valid).sum(dim=1).tolist() == [36, 36]
+    assert masks["masked"][~valid].all()
+
+
 def test_precision_is_chosen_by_name_or_by_what_the_device_is_fast_at(monkeypatch):
     assert autocast_dtype("fp32", "cpu") is None
     assert autocast_dtype("bf16", "cpu") is torch.bfloat16

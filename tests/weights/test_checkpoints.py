@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SHARED, TINY_KNOBS, noise, tiny
+from conftest import REFERENCES, ROOT, TINY_KNOBS, noise, tiny
 
 from scripts import BertsWinMAE, weights
 from scripts.weights import checkpoints
@@ -61,7 +61,7 @@ def test_weights_load_completely_or_not_at_all():
     source, target = tiny(), tiny()
     with torch.no_grad():
         source.mask_token.add_(1)
-    weights.load_network(target, {f"module.{k}": v for k, v in source.state_dict().items()}, "x.pt")
+    weights.fill(target, {f"module.{k}": v for k, v in source.state_dict().items()}, "x.pt")
     assert torch.equal(target.mask_token, source.mask_token)
 
     spoilt = source.state_dict()
@@ -74,11 +74,11 @@ def test_weights_load_completely_or_not_at_all():
         match=r"x\.pt do not fit this network of \d+ tensors: \d+ matched \(.*…\); 1 missing \(mask_token\); "
         r"1 unexpected \(extra\); 1 reshaped \(decoder\.embed\.bias \(7,\) instead of \(32,\)\)",
     ):
-        weights.load_network(target, spoilt, "x.pt")
+        weights.fill(target, spoilt, "x.pt")
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
-@pytest.mark.parametrize("path", sorted((SHARED / "fixtures").glob("reference_*.pt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
 def test_conversion_to_the_authors_names_and_back_loses_nothing(path):
     reference = torch.load(path, weights_only=True)
     network = BertsWinMAE(**reference["config"])

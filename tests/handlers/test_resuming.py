@@ -14,7 +14,7 @@ from conftest import ROOT, noise, start_training, tiny, train, trainer
 from ignite.engine import Engine, Events
 
 from scripts.data import DrawSampler
-from scripts.handlers import CheckpointHandler, MetricsRecorder, OutputLock, PreemptionHandler, ResumeHandler
+from scripts.handlers import Checkpointing, MetricsRecorder, lock_folders
 
 EPOCHS, ITERATIONS, VALIDATION_BATCHES = 3, 5, 2
 # Runs that are killed at random moments; the release is checked with more.
@@ -23,9 +23,8 @@ KILLS = int(os.environ.get("BERTSWIN_KILLS", "3"))
 
 HOLD_A_LOCK = """
 import sys, time
-from scripts.handlers import OutputLock
-lock = OutputLock([sys.argv[1]])
-lock.acquire()
+from scripts.handlers import lock_folders
+locks = lock_folders([sys.argv[1]])
 print("locked", flush=True)
 time.sleep(60)
 """
@@ -62,22 +61,19 @@ def run(folder, request_at=None, accumulation=2, resume=True):
                       accumulation_steps=accumulation)  # fmt: skip
     trained.add_event_handler(Events.EPOCH_STARTED, lambda engine: sampler.set_epoch(engine.state.epoch))
     validator.state.key_metric_name = "val_loss"
-    checkpoint = CheckpointHandler(folder, validator, network)
-    preemption = PreemptionHandler(validator)
+    checkpointing = Checkpointing(folder, validator, network, resume)
     seen = {"iterations": 0}
 
     def count(_):
         seen["iterations"] += 1
         if seen["iterations"] == request_at:
-            preemption.request()
+            checkpointing.request_end()
 
-    ResumeHandler(folder, validator, network, resume).attach(trained)
+    checkpointing.attach(trained)
     trained.add_event_handler(Events.ITERATION_STARTED, count)
     validator.add_event_handler(Events.ITERATION_STARTED, count)
     trained.add_event_handler(Events.EPOCH_COMPLETED, lambda _: validator.run([0] * VALIDATION_BATCHES))
     MetricsRecorder(folder / "metrics.jsonl", validator).attach(trained)
-    checkpoint.attach(trained)
-    preemption.attach(trained)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         trained.run()
@@ -129,55 +125,55 @@ def test_an_exception_that_comes_with_the_signal_is_no_failure_and_any_other_is(
     validator = Engine(lambda *_: None)
     validator.state.best_metric, validator.state.best_metric_epoch = -1.0, -1
     trained = trainer(network, epochs=2)
-    trained.checkpoint = CheckpointHandler(tmp_path, validator, network)
-    preemption = PreemptionHandler(validator)
-    preemption.listen = lambda _: None
-    preemption.attach(trained)
+    checkpointing = Checkpointing(tmp_path, validator, network)
+    checkpointing.attach(trained)
 
     def fail(_):
         raise RuntimeError("DataLoader worker is killed by signal: Terminated")
 
-    trained.add_event_handler(Events.GET_BATCH_COMPLETED(once=2), fail)
+    trained.add_event_handler(Events.GET_BATCH_COMPLETED(once=1), fail)
     with pytest.raises(RuntimeError, match="Terminated"):
         trained.run()
     assert not list(tmp_path.iterdir())
-    preemption.request()
+    checkpointing.request_end()
     trained.state.iteration, trained.state.epoch = 1, 1
     with pytest.raises(SystemExit) as end:
-        preemption.end_after_exception(trained, RuntimeError("Terminated"))
+        checkpointing.end_after_exception(trained, RuntimeError("Terminated"))
     assert end.value.code == 0
     assert torch.load(tmp_path / "training_state.pt", weights_only=True)["iteration"] == 1
     trained.is_stepping = True
     (tmp_path / "training_state.pt").unlink()
     with pytest.raises(SystemExit):
-        preemption.end_after_exception(trained, RuntimeError("Terminated"))
+        checkpointing.end_after_exception(trained, RuntimeError("Terminated"))
     assert not list(tmp_path.iterdir())  # a half-done step is not saved
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_lock_is_no_obstacle_once_its_run_is_gone(tmp_path):
-    first, second = (OutputLock([tmp_path / "out"], patience=0.1) for _ in range(2))
-    first.acquire()
+    def lock():
+        return lock_folders([tmp_path / "out"], patience=0.1)
+
+    (first,) = lock()
     with pytest.raises(ValueError, match=r"another run is writing to .*out: wait for its end"):
-        second.acquire()
+        lock()
     first.release()
-    second.acquire()
+    (second,) = lock()
     second.release()
     holder = subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", HOLD_A_LOCK, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE
     )
     assert holder.stdout.readline() == b"locked\n"
     with pytest.raises(ValueError, match="another run is writing"):
-        first.acquire()
+        lock()
     holder.kill()
     holder.wait()
-    first.acquire()
-    first.release()
+    (third,) = lock()
+    third.release()
 
 
 @pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_one_trains(cohort, tmp_path):
     first = start_training(dataset_dir=cohort, output_dir=tmp_path, max_epochs=1000)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while not (tmp_path / "checkpoints" / "training_state.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     second = train(dataset_dir=cohort, output_dir=tmp_path, max_epochs=1000, resume="true")
@@ -200,7 +196,7 @@ def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, 
         state = parts / "checkpoints" / "training_state.pt"
         before = state.stat().st_mtime_ns if state.exists() else 0
         process = start_training(output_dir=parts, **settings)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 480
         while process.poll() is None and time.monotonic() < deadline:
             if state.exists() and state.stat().st_mtime_ns != before:
                 break  # it is training
@@ -208,8 +204,8 @@ def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, 
         time.sleep(rng.uniform(0, 0.5))
         process.send_signal(number)
         sent = time.monotonic()
-        _, stderr = process.communicate(timeout=60)
-        assert time.monotonic() - sent < 10
+        _, stderr = process.communicate(timeout=240)
+        assert time.monotonic() - sent < 40  # clusters give thirty seconds; a machine four times slower has some more
         assert process.returncode in ((0,) if number == signal.SIGTERM else (-9, 0)), stderr
         interruptions += 1
         if torch.load(state, weights_only=True)["epoch"] == 4 * KILLS:

@@ -5,19 +5,15 @@ import copy
 import monai
 import pytest
 import torch
-from conftest import SHARED, TINY, noise, tiny
+from conftest import REFERENCES, TINY, noise, tiny
 
 import scripts
 from scripts import BertsWinMAE, ConvDecoder, patchify
 from scripts.networks import sincos_positions
 from scripts.weights import convert_reference_state_dict
 
-FIXTURES = sorted((SHARED / "fixtures").glob("reference_*.pt"))
-needs_fixtures = pytest.mark.skipif(not FIXTURES, reason="the reference tensors in ../shared/fixtures are not here")
 
-
-@needs_fixtures
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
 @torch.no_grad()
 def test_outputs_match_the_authors_implementation(path):
     reference = torch.load(path, weights_only=True)
@@ -53,14 +49,14 @@ def test_a_foreign_state_dict_is_not_converted():
 def test_hidden_voxels_cannot_reach_the_features(strict_stem):
     model, volume = tiny(strict_stem=strict_stem), noise(1, 1, 32, 32, 32).requires_grad_()
     masked = scripts.random_masking(torch.ones(1, 64, dtype=torch.bool), 0.75, seeds=[0])
-    features = model.encoder.attend(model.embed_visible(volume, ~masked))
+    features = model.encoder.encode(model.embed_visible(volume, ~masked))
     features.square().sum().backward()
     touched = patchify(volume.grad, 8).abs().amax(dim=-1) > 0
     assert torch.equal(touched, ~masked)  # gradient: every visible patch, no hidden one
 
     hidden_voxels = scripts.unpatchify(masked[..., None].expand(-1, -1, 512), 8, (4, 4, 4))
     other = torch.where(hidden_voxels, noise(1, 1, 32, 32, 32, seed=9) * 100, volume)
-    assert torch.equal(features, model.encoder.attend(model.embed_visible(other, ~masked)))  # value
+    assert torch.equal(features, model.encoder.encode(model.embed_visible(other, ~masked)))  # value
 
 
 @torch.no_grad()
@@ -83,7 +79,7 @@ def test_train_and_inference_agree_on_the_encoder():
     assert torch.equal(model.extract_volumetric_features(volume), features)
     tokens = model.extract_tokens(volume)
     assert tokens.shape == (2, 64, 48)
-    assert torch.equal(model.encoder.attend(tokens.mT.reshape(2, 48, 4, 4, 4)), features)
+    assert torch.equal(model.encoder.encode(tokens.mT.reshape(2, 48, 4, 4, 4)), features)
     assert [tuple(skip.shape[1:]) for skip in skips] == [(8, 16, 16, 16), (16, 8, 8, 8), (32, 4, 4, 4)]
 
 

@@ -251,6 +251,14 @@ def test_a_datalist_may_give_each_case_its_field_of_view(tmp_path):
         return find_cases(tmp_path)["training"][0]
 
     assert listed(fov)["field_of_view"] == fov
-    for wrong in ({"radius": "large"}, {"radius": 3, "centre": [0, 0]}, {"radius": 3, "centre_offset": [1]}, [3]):
+    for wrong in (
+        {"radius": "large"},
+        {"radius": 0},
+        {"radius": True},
+        {"radius": 3, "axis": 3},
+        {"radius": 3, "centre": [0, 0]},
+        {"radius": 3, "centre_offset": [1]},
+        [3],
+    ):
         with pytest.raises(ValueError, match=r"a field_of_view must be like .* in voxels, but one is"):
             listed(wrong)

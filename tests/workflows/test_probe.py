@@ -10,7 +10,8 @@ from conftest import ROOT, TINY_KNOBS, bundle, noise, tiny, write_volume
 
 from scripts.data import labelled
 from scripts.experiments.peers import ViTMAE
-from scripts.workflows import FrozenProbe, fit_neighbours, fit_ridge, label_fractions, r_squared
+from scripts.workflows import FrozenProbe
+from scripts.workflows.probe import accuracy, fit_best, label_fractions, nearest_neighbours, r_squared, ridge
 
 
 def test_label_fractions_count_each_label_in_each_patch():
@@ -23,7 +24,9 @@ def test_label_fractions_count_each_label_in_each_patch():
 def test_ridge_finds_a_linear_map_and_r_squared_says_so():
     features, weights = noise(50, 5), noise(5, 2, seed=1)
     target = features @ weights + 3
-    exact, shrunk = (fit_ridge(features, target, penalty)(features) for penalty in (1e-9, 1e3))
+    exact, shrunk = (
+        torch.from_numpy(ridge(penalty, 50).fit(features, target).predict(features)) for penalty in (1e-9, 1e3)
+    )
     assert r_squared(exact, target).min() > 0.999
     assert r_squared(shrunk, target).max() < 0.1
     assert torch.allclose(r_squared(target.mean(dim=0).expand_as(target), target), torch.zeros(2).double(), atol=1e-6)
@@ -86,7 +89,7 @@ def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode, overlays, network)
         "run",
         "probe",
         "--config_file",
-        str([str(ROOT / "configs" / name) for name in ("probe.yaml", *overlays)]),
+        str([str(ROOT / "configs" / name) for name in ("train.yaml", "probe.yaml", *overlays)]),
         **knobs,
         dataset_dir=tmp_path,
         pretrained=tmp_path / "model.pt",
@@ -110,8 +113,10 @@ def test_a_label_that_is_nowhere_does_not_spoil_the_score():
 def test_the_nearest_neighbours_vote():
     features = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     target = torch.tensor([[0.0], [2.0], [5.0], [7.0]])
-    assert fit_neighbours(features, target, 2)(torch.tensor([[0.4], [10.6]])).flatten().tolist() == [1.0, 6.0]
-    assert fit_neighbours(features, target, 40)(torch.tensor([[3.0]])).item() == 3.5
+    new = torch.tensor([[0.4], [10.6]])
+    for k, expected in ((2, [1.0, 6.0]), (40, [3.5, 3.5])):
+        prediction, _ = fit_best(nearest_neighbours, [k], (features, target), new, lambda *_: 0.0)
+        assert prediction.flatten().tolist() == expected
 
 
 def test_classes_are_read_off_the_embeddings(tmp_path):
@@ -130,3 +135,22 @@ def test_classes_are_read_off_the_embeddings(tmp_path):
     assert told["embedding"]["linear"] == told["embedding"]["neighbours"] == 1.0
     assert told["embedding"]["majority"] == 0.5
     assert probe(["heads", "tails"])["embedding"]["linear"] < 1.0
+
+
+def test_the_setting_is_chosen_on_every_fourth_training_case_and_the_penalty_is_relative_to_the_rows():
+    train, new = (noise(40, 6, 3), noise(40, 6, 2, seed=1)), noise(5, 6, 3, seed=2)
+    asked = []
+
+    def build(setting, rows):
+        asked.append((setting, rows))
+        return ridge(setting, rows)
+
+    prediction, best = fit_best(build, (1e9, 1e-9), train, new, lambda found, target: -found.square().sum().item())
+    assert best == 1e9  # which predicts next to nothing but the mean
+    assert asked == [(1e9, 180), (1e-9, 180), (1e9, 240)]
+    assert prediction.shape == (5, 6, 2)
+    mean = train[1].double().flatten(0, 1).mean(dim=0)
+    torch.testing.assert_close(prediction, mean.expand_as(prediction), rtol=1e-6, atol=1e-6)
+    assert (
+        fit_best(ridge, (1.0, 2.0), (noise(1, 6, 3), noise(1, 6, 2)), new, accuracy)[1] == 1.0
+    )  # too few to choose by

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS, write_volume
-from monai.bundle import ConfigWorkflow
+from conftest import ROOT, TINY_KNOBS, started, write_volume
 from monai.transforms import Compose, Lambdad, RandGaussianNoised, ScaleIntensityd
 
 from scripts.data import DrawnDataset, DrawSampler, build_dataset
@@ -143,9 +142,10 @@ def test_a_damaged_file_of_the_disk_cache_is_prepared_again(tmp_path, caplog):
 
 
 def test_parallel_writers_of_the_disk_cache_do_not_disturb_each_other(tmp_path):
-    code = "import sys; sys.path[:0] = ['.', 'tests']; from test_loading import fill; fill(sys.argv[1])"
+    code = "import sys; sys.path[:0] = ['.', 'tests', 'tests/data']; import test_draws_and_caches as tests; "
+    code += "tests.fill(sys.argv[1])"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(3)]  # noqa: S603
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(timeout=480) for writer in writers] == [0, 0, 0]
     assert len(list((tmp_path / "cache").iterdir())) == 8  # whole files, and nothing beside them
     fill(tmp_path)
 
@@ -182,9 +182,7 @@ def test_draws_leave_what_the_cache_keeps_as_it_was(modality, tmp_path):
         "ct_noise_prob": 1.0,
         "iterations_per_epoch": 8,
     }
-    files = [str(ROOT / "configs" / name) for name in ("train.yaml", "small.yaml")]
-    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **knobs)
-    workflow.initialize()
+    workflow = started(**knobs)
     cache = workflow.parser.get_parsed_content("train::dataset")._cache
     before = [item["image"].clone() for item in cache]
     for batch in workflow.parser.get_parsed_content("train::dataloader"):

@@ -12,13 +12,12 @@ from ignite.engine import Engine, Events, State
 
 from scripts.engines import NonFiniteLossError
 from scripts.handlers import (
-    CheckpointHandler,
+    Checkpointing,
     EarlyStopping,
     MetricsRecorder,
     ReconstructionFigures,
     RestoreIntensities,
-    ResumeHandler,
-    ValidateAtEnds,
+    ValidationHandler,
 )
 from scripts.losses import MaskedL2Loss
 from scripts.metrics import HiddenVoxelMetrics, composite
@@ -129,10 +128,9 @@ def checkpointed(folder, scores, resume=False, **settings):
         if validator.state.best_metric_epoch == -1 or score < validator.state.best_metric:
             validator.state.best_metric, validator.state.best_metric_epoch = score, engine.state.epoch
 
-    ResumeHandler(folder, validator, network, resume).attach(engine)
+    Checkpointing(folder, validator, network, resume).attach(engine)
     engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: scheduler_steps.append(engine.state.epoch))
     engine.add_event_handler(Events.EPOCH_COMPLETED, validate)
-    CheckpointHandler(folder, validator, network).attach(engine)
     engine.run()
     engine.epochs_run = scheduler_steps
     return engine
@@ -192,12 +190,15 @@ def test_a_validation_that_is_not_finite_ends_the_run_before_anything_is_saved(t
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("interval", "epochs", "expected"), [(1, 3, []), (2, 4, []), (2, 5, [5]), (5, 2, [2])])
+@pytest.mark.parametrize(
+    ("interval", "epochs", "expected"), [(1, 3, [1, 2, 3]), (2, 4, [2, 4]), (2, 5, [2, 4, 5]), (5, 2, [2])]
+)
 def test_the_last_epoch_is_validated_whatever_the_interval(interval, epochs, expected):
     validated = []
-    validator = SimpleNamespace(run=validated.append)
+    handler = ValidationHandler(interval)
+    handler.validator = SimpleNamespace(run=validated.append)
     engine = Engine(lambda *_: None)
-    ValidateAtEnds(validator, interval).attach(engine)
+    handler.attach(engine)
     engine.run([0], max_epochs=epochs)
     assert validated == expected
 
