@@ -15,19 +15,9 @@ from .networks import (
 )
 from .weights import bundle_root, pretrained_encoder
 
-__all__ = [
-    "BertsWinEncoder",
-    "BertsWinMAE",
-    "ConvDecoder",
-    "bertswin_mae_base_patch16_224",
-    "bertswin_mae_small_patch8_48x64x48",
-    "bundle_root",
-    "list_cases",
-    "patchify",
-    "pretrained_encoder",
-    "random_masking",
-    "unpatchify",
-]
+__all__ = ["BertsWinEncoder", "BertsWinMAE", "ConvDecoder", "bundle_root", "list_cases", "patchify"]
+__all__ += ["bertswin_mae_base_patch16_224", "bertswin_mae_small_patch8_48x64x48"]
+__all__ += ["pretrained_encoder", "random_masking", "unpatchify"]
 
 # Registered, so that a config anywhere can say `_target_: monai.networks.nets.BertsWinMAE`.
 monai.networks.nets.BertsWinMAE = BertsWinMAE

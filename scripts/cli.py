@@ -1,7 +1,5 @@
 """What makes ``python -m monai.bundle run`` kind: knobs are checked, mistakes end without a traceback."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import inspect
@@ -55,7 +53,7 @@ FROM_ZERO = ("freeze_epochs", "num_figure_volumes", "num_workers", "seed", "warm
 FROM_ONE = (
     *("accumulation_steps", "batch_size", "early_stop_patience", "feature_size", "figure_interval", "max_epochs"),
     *("iterations_per_epoch", "max_voxels", "num_labels", "num_train_cases", "rank_timeout", "val_interval"),
-    "window_batch",
+    *("window_batch",),
 )
 # The smallest and the largest value of a knob.
 RANGES = dict.fromkeys(SHARES, (0, 1)) | dict.fromkeys(FROM_ZERO, (0, inf)) | dict.fromkeys(FROM_ONE, (1, inf))
@@ -65,11 +63,10 @@ OPTIONAL = ("spacing", "iterations_per_epoch", "clip_norm")
 FREE_LENGTH = ("flip_axes",)
 # What `--tracking mlflow` adds to a config.
 TRACKING_KNOBS = {
-    knob for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for knob in tool["configs"].keys() - tool["handlers_id"]
+    k for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for k in tool["configs"].keys() - tool["handlers_id"]
 }
 SECONDS_FOR_THE_FIRST_RANK = 10.0
-# A full disk, or a used-up quota.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a quota
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -110,9 +107,6 @@ def check_run(device: str | torch.device, folders: Sequence[str | Path], resume:
         device: to compute on.
         folders: that the run writes to.
         resume: of a training run, which from here on may be preempted: whether it continues an earlier one.
-
-    Raises:
-        Mistake: saying what would do.
     """
     if resume is not None:
         end_when_preempted()

@@ -8,8 +8,6 @@ The configs are those that the network was, or will be, trained with: they say w
 on the command line count over theirs, such as `--strict_stem True`. Nothing is written unless all weights have a place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 To add one, write ``patch_errors`` as :class:`MaskedL2Loss` does, and name the class under ``losses`` in train.yaml.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,10 +36,8 @@ class MaskedLoss(nn.Module):
     def sums(self, prediction: Mapping[str, Tensor], target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Add the errors of hidden patches up and count these patches, for every component.
 
-        Args:
-            prediction: the network's output, of which ``reconstructed_patches`` ``(B, N, P³·C)`` is scored where
-                ``mae_mask_1d`` ``(B, N)`` is 1.
-            target: ``(B, N, P³·C)``, the original volume cut the same way.
+        Of the network's output, ``reconstructed_patches`` ``(B, N, P³·C)`` is scored where ``mae_mask_1d`` ``(B, N)``
+        is 1. The target ``(B, N, P³·C)`` is the original volume cut the same way.
         """
         with torch.autocast(target.device.type, enabled=False):
             target, hidden = target.float(), prediction["mae_mask_1d"].float()
@@ -67,9 +63,8 @@ class MaskedLoss(nn.Module):
 class MaskedL2Loss(MaskedLoss):
     """Mean squared error over the voxels of hidden patches (paper, masked pre-training with AdamW).
 
-    Args:
-        normalise_target: standardise each target patch by its own mean and deviation first (He et al. 2022).
-        epsilon: added to the variance then, on the network's scale, so that flat patches stay finite.
+    With ``normalise_target`` each target patch is standardised by its own mean and deviation first (He et al. 2022);
+    ``epsilon`` is added to the variance then, on the network's scale, so that flat patches stay finite.
     """
 
     def __init__(self, normalise_target: bool = False, epsilon: float = 1e-6) -> None:
@@ -124,16 +119,12 @@ class StructuralLoss(MaskedLoss):
 
     def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return ``brightness``, ``contrast`` and ``structure``."""
-        pairs = zip(self._describe(prediction), self._describe(target), strict=True)
-        errors = [(ours - theirs).square().mean(dim=-1).mean(dim=-1) for ours, theirs in pairs]
-        return dict(zip(("brightness", "contrast", "structure"), errors, strict=True))
-
-    def _describe(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return means and deviations ``(B, N, S, 1)`` and standardised voxels ``(B, N, S, V)`` of the sub-patches."""
         parts, side = self.patch_size // self.sub_patch_size, self.sub_patch_size
+        sizes = {"dp": parts, "hp": parts, "wp": parts, "p": side, "q": side, "r": side, "c": self.in_chans}
         cut = "b n (dp p hp q wp r c) -> b n (dp hp wp c) (p q r)"
-        voxels = rearrange(patches, cut, dp=parts, hp=parts, wp=parts, p=side, q=side, r=side, c=self.in_chans)
-        return _standardise(voxels, self.epsilon**2)
+        ours, theirs = (_standardise(rearrange(it, cut, **sizes), self.epsilon**2) for it in (prediction, target))
+        errors = [(one - other).square().mean(dim=-1).mean(dim=-1) for one, other in zip(ours, theirs, strict=True)]
+        return dict(zip(("brightness", "contrast", "structure"), errors, strict=True))
 
 
 class TissueWeightedLoss(MaskedLoss):
@@ -146,13 +137,10 @@ class TissueWeightedLoss(MaskedLoss):
     Args:
         structural: the loss whose weighted sum is taken of each group.
         img_size: D, H, W, in voxels.
-        hu_scale: Hounsfield units that one on the network's scale stands for; None, as of MR, is refused.
-        hu_offset: the Hounsfield units of its zero.
+        hu_scale, hu_offset: HU that one on the network's scale stands for, and of its zero; None, as of MR, is refused.
         weights: of ``all_tissue``, ``soft_tissue`` and ``bone_surface``.
-        soft_tissue: lowest and highest Hounsfield units.
-        bone: lowest Hounsfield units.
-        erosion: voxels that the shell reaches into bone.
-        dilation: voxels that it reaches out of it.
+        soft_tissue, bone: lowest and highest HU; lowest HU.
+        erosion, dilation: voxels that the shell reaches into bone, and out of it.
     """
 
     def __init__(
@@ -191,12 +179,10 @@ class TissueWeightedLoss(MaskedLoss):
 
 
 class SumOfLosses(MaskedLoss):
-    """Several losses added up.
+    """Several losses added up, of which each ``component`` or each ``loss`` is a task (``per``) of a GradientConductor.
 
-    Args:
-        losses: by name. Their components are called ``<loss>_<component>``; where there is one loss only, by the
-            component's name, and where a loss has one component only, by the loss's.
-        per: ``component`` or ``loss``: what is a task of its own for a GradientConductor.
+    Components are called ``<loss>_<component>``; where there is one loss only, by the component's name, and where a
+    loss has one component only, by the loss's.
     """
 
     def __init__(self, losses: Mapping[str, MaskedLoss], per: str = "component") -> None:
@@ -228,15 +214,12 @@ class SumOfLosses(MaskedLoss):
 
 
 def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "component") -> SumOfLosses:
-    """Pick one of the losses by its name, or several with ``+`` between them; ``tasks`` as ``per`` of the sum.
-
-    Raises:
-        Mistake: for a name that is not there, with the nearest one that is; for a normalised target among others.
-    """
+    """Pick one of the losses by its name, or several with ``+`` between them; ``tasks`` as ``per`` of the sum."""
     names = [name.strip() for name in str(chosen).split("+")]
     for name in names:
         if name not in losses:
-            pair, near = "+".join([*losses][:2]), difflib.get_close_matches(name, losses, n=1, cutoff=0)[0]
+            pair = "+".join([one for one, loss in losses.items() if not getattr(loss, "normalise_target", False)][:2])
+            near = difflib.get_close_matches(name, losses, n=1, cutoff=0)[0]
             raise Mistake(f"loss {name!r} must be one of {[*losses]}, or several such as {pair}: did you mean {near}?")
     if len(names) > 1 and any(getattr(losses[name], "normalise_target", False) for name in names):
         raise Mistake(f"loss {chosen!r}: a normalised target is on another scale than the others', choose it alone")

@@ -1,12 +1,10 @@
 """What validation measures, each over the whole validation set."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import repeat
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from monai.metrics import HausdorffDistanceMetric
@@ -33,8 +31,7 @@ def assemble(patches: Tensor, volume: Tensor) -> Tensor:
 
 def voxel_mask(volume: Tensor, mask: Tensor) -> Tensor:
     """Blow a ``(B, N)`` patch mask up to the voxels of a volume: ``(B, 1, D, H, W)`` bool."""
-    voxels_per_patch = math.prod(volume.shape[2:]) // mask.shape[1]
-    return assemble(rearrange(mask.bool(), "b n -> b n 1").expand(-1, -1, voxels_per_patch), volume)
+    return assemble(repeat(mask.bool(), "b n -> b n v", v=math.prod(volume.shape[2:]) // mask.shape[1]), volume)
 
 
 def composite(volume: Tensor, prediction: dict[str, Tensor]) -> Tensor:
@@ -46,8 +43,7 @@ def composite(volume: Tensor, prediction: dict[str, Tensor]) -> Tensor:
 class _SumMetric(Metric):
     """Figures that follow from sums over the validation set of all ranks; index it by their names to attach one.
 
-    Subclasses say what a batch adds to the sums (``_summands`` of its output under ``keys``) and what these stand for
-    (``_figures``).
+    Subclasses say what a batch adds (``_summands`` of its output under ``keys``) and what sums mean (``_figures``).
     """
 
     def __init__(self, shape: tuple[int, ...], *keys: str) -> None:
@@ -75,10 +71,8 @@ class HiddenVoxelMetrics(_SumMetric):
 
     Computes ``mse``, ``mae``, ``psnr`` (dB), ``ssim`` (Gaussian window of 7³ voxels, sigma 1.5, on the volume with
     its visible patches put back, averaged over hidden voxels) and ``unexplained``: the MSE over the variance of the
-    same voxels, so that the best constant prediction scores 1.
-
-    Args:
-        data_range: width of the intensity window, on the network's scale, for PSNR and SSIM.
+    same voxels, so that the best constant prediction scores 1. PSNR and SSIM take ``data_range``, the width of the
+    intensity window on the network's scale.
     """
 
     def __init__(self, data_range: float) -> None:
@@ -98,26 +92,21 @@ class HiddenVoxelMetrics(_SumMetric):
     def _figures(self, sums: Tensor) -> dict[str, float]:
         mse, mae, ssim, mean, square = (sums[1:] / sums[0].item()).tolist()
         psnr = 10 * math.log10(self.data_range**2 / mse) if mse > 0 else math.inf
-        variance = square - mean**2
-        share = mse / variance if variance > 0 else math.nan
-        return {"mse": mse, "mae": mae, "psnr": psnr, "ssim": ssim, "unexplained": share}
+        unexplained = mse / variance if (variance := square - mean**2) > 0 else math.nan
+        return {"mse": mse, "mae": mae, "psnr": psnr, "ssim": ssim, "unexplained": unexplained}
 
 
 class MaskedLossMetrics(_SumMetric):
-    """A masked loss, ``loss``, and its components by name, each over all hidden patches of the validation set together.
-
-    Args:
-        loss: what is measured.
-    """
+    """A masked loss, ``loss``, and its components by name, over all hidden patches of the validation set together."""
 
     def __init__(self, loss: MaskedLoss) -> None:
         self.loss = loss
         super().__init__((2, len(loss.weights)), Keys.PRED, Keys.LABEL)
 
-    def by_name(self, total: str, prefix: str = "val_") -> dict[str, Metric]:
-        """Return one metric for the loss, called ``total``, and one a component, where there are several."""
+    def by_name(self, total: str) -> dict[str, Metric]:
+        """Return ``val_<total>``, a metric for the loss, and one a component, where there are several."""
         parts = self.loss.weights if len(self.loss.weights) > 1 else ()
-        return {f"{prefix}{total}": self["loss"]} | {f"{prefix}{name}": self[name] for name in parts}
+        return {f"val_{total}": self["loss"]} | {f"val_{name}": self[name] for name in parts}
 
     def _summands(self, prediction: dict[str, Tensor], target: Tensor) -> Tensor:
         errors, counts = map(torch.stack, zip(*self.loss.sums(prediction, target).values(), strict=True))
@@ -133,9 +122,6 @@ class StemTuningMetrics(_SumMetric):
 
     Computes ``volumetric`` and ``patch_mode`` (mean squared error of all voxels, rebuilt either way),
     ``feature_cosine`` (mean over tokens of the cosine between the two feature vectors) and ``objective`` (the loss).
-
-    Args:
-        loss: the loss that is tuned to.
     """
 
     def __init__(self, loss: nn.Module) -> None:
@@ -144,13 +130,9 @@ class StemTuningMetrics(_SumMetric):
 
     def _summands(self, volume: Tensor, target: Tensor, prediction: dict[str, Tensor]) -> Tensor:
         cosine = F.cosine_similarity(prediction["features"].float(), prediction["patch_features"].float(), dim=1)
-        figures = (
-            F.mse_loss(prediction["reconstructed_cube"].float(), volume),
-            F.mse_loss(prediction["patch_mode_cube"].float(), volume),
-            cosine.mean(),
-            self.loss(prediction, target),
-        )
-        return volume.shape[0] * torch.tensor([1.0, *(figure.item() for figure in figures)], dtype=torch.float64)
+        errors = [F.mse_loss(prediction[f"{way}_cube"].float(), volume) for way in ("reconstructed", "patch_mode")]
+        figures = torch.stack([*errors, cosine.mean(), self.loss(prediction, target)]).double()
+        return volume.shape[0] * F.pad(figures, (1, 0), value=1.0)  # the number of volumes comes first
 
     def _figures(self, sums: Tensor) -> dict[str, float]:
         names = ("volumetric", "patch_mode", "feature_cosine", "objective")

@@ -1,7 +1,5 @@
 """What the user got wrong, told apart from what we did by its class; and errors put into a line."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Several processes, one training: what Ignite's ``idist`` lacks. With one process everything here does nothing."""
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os
@@ -32,14 +30,10 @@ def shows_progress() -> bool:
 
 
 def start(device: str | torch.device, timeout: float = 60) -> None:
-    """Join the other processes; only the first one logs from here on.
+    """Join the other processes that torchrun started; only the first one logs from here on.
 
-    Args:
-        device: of this process; decides between NCCL (CUDA) and Gloo.
-        timeout: minutes that one waits for the others before it gives up.
-
-    Raises:
-        Mistake: when this process was not started by torchrun.
+    The device of this process decides between NCCL (CUDA) and Gloo; ``timeout``, in minutes, is how long one waits for
+    the others before it gives up.
     """
     if "RANK" not in os.environ:
         raise Mistake(
@@ -60,11 +54,7 @@ def start(device: str | torch.device, timeout: float = 60) -> None:
 
 
 def check_started() -> None:
-    """Refuse to be one of several processes that torchrun started and that know nothing of each other.
-
-    Raises:
-        Mistake: saying what joins them.
-    """
+    """Refuse to be one of several processes that torchrun started and that know nothing of each other."""
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         raise Mistake(
             "torchrun started several processes that know nothing of each other: for a training put "
@@ -98,20 +88,11 @@ def is_bundle_command() -> bool:
 
 
 def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp") -> nn.Module:
-    """Let a network train in several processes.
+    """Let a network train in several processes: move it to this one's device, and wrap or divide it.
 
-    Args:
-        network: the same in all processes; it is moved to the device.
-        device: of this process.
-        mode: ``ddp``: every process holds the whole network and gradients are averaged (DistributedDataParallel);
-            ``fsdp``: weights, gradients and the optimiser's memory are divided among them, block by block (torch's
-            ``fully_shard``), for networks that one GPU cannot hold; ``none``: of a workflow that does not do this.
-
-    Returns:
-        What to train: a wrapper, or the network itself.
-
-    Raises:
-        Mistake: for another ``mode``.
+    With ``mode`` ``ddp``, every process holds the whole network and gradients are averaged (DistributedDataParallel).
+    With ``fsdp``, weights, gradients and the optimiser's memory are divided among them, block by block (torch's
+    ``fully_shard``), for networks that one GPU cannot hold. A workflow that does neither has ``none``: refused.
     """
     device = torch.device(device)
     if mode == "none":
@@ -135,10 +116,7 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
 
 
 def full_tensors(state: Any) -> Any:
-    """Put the tensors of a nested state that are divided among the processes together; call it in all of them.
-
-    One after the other, on the CPU of the first process: elsewhere they are left empty.
-    """
+    """Put divided tensors of a nested state together on the CPU of the first process; call it in all of them."""
 
     def put_together(value: Any) -> Any:
         if not isinstance(value, DTensor):
@@ -170,14 +148,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def first_problem(problem: str | None) -> str | None:
-    """Agree on whether any process has a problem, so that all stop together.
-
-    Args:
-        problem: of this process, or None.
-
-    Returns:
-        In all processes alike, the problem of the first one that has any, with its rank; or None.
-    """
+    """Agree on the problem of the first process that has any, with its rank, or None: so that all stop together."""
     # One small number at every step; the words are exchanged when there are any.
     if idist.get_world_size() == 1 or not any_rank(problem is not None):
         return problem

@@ -8,8 +8,6 @@ The first is for weights that lie elsewhere, and what it writes is to be committ
 and its changelog stand in `configs/metadata.json` alone. Nothing here uploads anything.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

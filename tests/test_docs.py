@@ -16,15 +16,17 @@ import torch
 from conftest import ROOT, TINY_KNOBS, copy_bundle
 
 import scripts
+from scripts.release import PUBLISHED
 from scripts.weights import to_reference_state_dict
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
 # What the comments in the blocks say.
 SHAPES = {
-    "README": {"features": (6, 192, 6, 8, 6), "alike": (6, 6), "reconstruction": (1, 1, 48, 64, 48)},
     "encoder": {
-        "features": (2, 192, 6, 8, 6),
+        "features": (6, 192, 6, 8, 6),
+        "alike": (6, 6),
+        "reconstruction": (1, 1, 48, 64, 48),
         "scores": (2, 2),
         "segmentation": (1, 3, 48, 64, 48),
         "large": (1, 192, 8, 9, 10),
@@ -47,11 +49,10 @@ def blocks(language):
     ]
 
 
-def commands():
-    for parameter in blocks("bash"):
-        page, body = parameter.values
-        lines = [line for line in body.splitlines() if line.strip()]
-        yield pytest.param(page, lines, id=parameter.id)
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _label(folder):
@@ -84,9 +85,13 @@ def workplace(tmp_path_factory, cohort):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_and_pictures_of_a_page_exist(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+def test_links_anchors_and_pictures_of_a_page_are_published(page):
+    for link, anchor in re.findall(r"\]\((?!\w+://)([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = (page.parent / link).resolve() if link else page
+        name = target.relative_to(ROOT)
+        assert target.exists(), link
+        assert any(name.match(pattern) for pattern in PUBLISHED), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -95,9 +100,9 @@ def test_a_page_has_no_figure_left_to_fill_in(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "lines"), commands())
-def test_the_commands_of_a_page_run(page, lines, workplace):
-    for line in lines:
+@pytest.mark.parametrize(("page", "body"), blocks("bash"))
+def test_the_commands_of_a_page_run(page, body, workplace):
+    for line in filter(None, body.splitlines()):
         # The set-up of the quick start is what installed this very environment.
         words = shlex.split(line.split("&&")[-1].replace(".venv/bin/python", "python"))
         if words[:3] == ["python", "-m", "pytest"]:
@@ -126,7 +131,7 @@ def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
         assert tuple(names[name].shape) == shape
 
 
-def test_the_readme_goes_from_the_weights_to_their_use_in_ten_lines():
+def test_the_encoder_page_goes_from_the_weights_to_their_use_in_ten_lines():
     body = next(parameter.values[1] for parameter in blocks("python") if "pretrained_encoder" in parameter.values[1])
     assert len([line for line in body.splitlines() if line]) == 10
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import noise
 from ignite.engine import Engine
+from torch.nn.functional import huber_loss
 
 from scripts.losses import MaskedL2Loss, MaskedLoss, StructuralLoss, SumOfLosses, TissueWeightedLoss, choose_loss
 from scripts.metrics import MaskedLossMetrics
@@ -28,26 +29,26 @@ def test_nothing_hidden_costs_nothing():
     assert MaskedL2Loss()(output(noise(1, 4, 8), torch.zeros(1, 4)), noise(1, 4, 8, seed=1)) == 0
 
 
-class MaskedL1Loss(MaskedLoss):
-    """All it takes to add a loss, and a line in train.yaml: `l1: {_target_: scripts.losses.MaskedL1Loss}`."""
+class MaskedHuberLoss(MaskedLoss):
+    """All it takes to add a loss, and a line in train.yaml: `huber: {_target_: scripts.losses.MaskedHuberLoss}`."""
 
     def __init__(self):
-        super().__init__({"l1": 1.0})
+        super().__init__({"huber": 1.0})
 
     def patch_errors(self, prediction, target):
-        return {"l1": (prediction - target).abs().mean(dim=-1)}
+        return {"huber": huber_loss(prediction, target, reduction="none").mean(dim=-1)}
 
 
 def test_a_loss_of_ones_own_is_trained_added_up_conducted_and_validated_like_any_other():
     prediction, target = noise(2, 6, 512), noise(2, 6, 512, seed=1)
     hidden = (noise(2, 6, seed=2) > 0).float()
-    expected = (prediction - target)[hidden.bool()].abs().mean()
-    loss = choose_loss("l1+l2", choice() | {"l1": MaskedL1Loss()})
+    expected = huber_loss(prediction[hidden.bool()], target[hidden.bool()])
+    loss = choose_loss("huber+l2", choice() | {"huber": MaskedHuberLoss()})
     total, parts = loss.score(output(prediction, hidden), target)
-    torch.testing.assert_close(parts["l1"], expected)
+    torch.testing.assert_close(parts["huber"], expected)
     torch.testing.assert_close(total - parts["l2"], expected)
-    assert list(loss.tasks(parts)) == list(loss.weights) == ["l1", "l2"]
-    assert list(MaskedLossMetrics(loss).by_name("loss")) == ["val_loss", "val_l1", "val_l2"]
+    assert list(loss.tasks(parts)) == list(loss.weights) == ["huber", "l2"]
+    assert list(MaskedLossMetrics(loss).by_name("loss")) == ["val_loss", "val_huber", "val_l2"]
 
 
 def test_half_precision_predictions_are_scored_in_float32():

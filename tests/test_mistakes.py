@@ -16,6 +16,11 @@ def fails(error):
 def test_a_command_says_a_mistake_alone_and_shows_a_bug_whole():
     with pytest.raises(SystemExit, match="error: give a folder"):
         command({"run": fails(Mistake("give a folder"))}, ["run"])
+    wrapped = RuntimeError("MONAI failed")
+    wrapped.__cause__ = Mistake("give a folder")
+    for error in (wrapped, FileNotFoundError("give a folder")):
+        with pytest.raises(SystemExit, match="error: give a folder"):
+            command({"run": fails(error)}, ["run"])
     with pytest.raises(ValueError, match="a bug"):
         command({"run": fails(ValueError("a bug"))}, ["run"])
 

@@ -3,6 +3,5 @@
 from .caches import *
 from .cases import *
 from .checks import *
-from .cohort import *
 from .draws import *
 from .sample import *

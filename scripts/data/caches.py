@@ -1,7 +1,5 @@
 """Where prepared volumes are kept: in memory, on disk, or nowhere."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -34,11 +32,7 @@ class ForgivingDataset(Dataset):
 
 
 class DiskCacheDataset(PersistentDataset):
-    """MONAI's PersistentDataset whose files several runs may write and read at once.
-
-    Files are written beside their place and renamed there, so that nobody reads half of one; a damaged one is
-    prepared again.
-    """
+    """MONAI's PersistentDataset whose files several runs may write and read at once, and that replaces damaged ones."""
 
     def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
         path = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
@@ -47,10 +41,9 @@ class DiskCacheDataset(PersistentDataset):
                 return checkpoints.load(path)
             except checkpoints.DamagedCheckpointError as error:
                 logger.warning("%s; this volume is prepared again", error)
-        prepared = convert_to_tensor(
-            self._pre_transform(deepcopy(item_transformed)), convert_numeric=False, track_meta=self.track_meta
-        )
-        checkpoints.save(prepared, path)
+        prepared = self._pre_transform(deepcopy(item_transformed))
+        prepared = convert_to_tensor(prepared, convert_numeric=False, track_meta=self.track_meta)
+        checkpoints.save(prepared, path)  # beside its place, then renamed: nobody reads half a file
         return prepared
 
 
@@ -62,15 +55,11 @@ def build_dataset(
     num_workers: int = 0,
     shard: bool = False,
 ) -> Dataset:
-    """Choose MONAI's dataset by where the deterministic part of the transforms is kept.
+    """Choose MONAI's dataset by where the results of the transforms up to the first random one are kept.
 
-    Args:
-        data: the datalist.
-        transform: up to the first random one, results are kept.
-        cache: ``memory`` (CacheDataset), ``disk`` (:class:`DiskCacheDataset`, one file a volume) or ``none``.
-        cache_dir: folder for ``disk``; may be shared by runs, also at the same time.
-        num_workers: threads that fill the memory cache.
-        shard: with several ranks, keep this rank's share only: every ``world_size``-th case from ``rank`` on.
+    ``cache`` is ``memory`` (CacheDataset, filled by ``num_workers`` threads), ``disk`` (:class:`DiskCacheDataset`, one
+    file a volume in ``cache_dir``, which runs may share, also at the same time) or ``none``. ``shard`` keeps this
+    rank's share of the data only: every ``world_size``-th case from ``rank`` on.
 
     Raises:
         Mistake: for another ``cache``, ``disk`` without a folder, or more ranks than cases to share.

@@ -1,6 +1,4 @@
-"""Find the volumes of a dataset and split them into training and validation."""
-
-from __future__ import annotations
+"""From a folder of scans to two datalists: find the volumes, check them, split them."""
 
 import hashlib
 import json
@@ -8,24 +6,49 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from monai.data import load_decathlon_datalist
 
+from .. import parallel
 from ..mistakes import Mistake
+from .checks import Case, check_cases, check_labels
 
-__all__ = ["case_seed", "find_cases", "labelled", "list_cases", "split_cases"]
+__all__ = ["case_seed", "find_cases", "labelled", "labelled_folds", "list_cases", "prepare_cases", "split_cases"]
 
 logger = logging.getLogger(__name__)
-
-Case = dict[str, Any]
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 # Folders and files of these names hold labels, in a folder without a datalist.
 LABEL_NAMES = {"label", "labels", "labelstr", "labelsts", "labelsva"}
 LABEL_NAMES |= {"mask", "masks", "seg", "segs", "segmentation", "segmentations"}
+
+
+def prepare_cases(
+    dataset_dir: str | Path | Callable[[], str | Path], modality: str, val_fraction: float = 0.2, **checks: Any
+) -> dict[str, list[Case]]:
+    """Find, check and split: everything between a folder of scans and two datalists, ``training`` and ``validation``.
+
+    ``dataset_dir`` is what :func:`find_cases` takes, or a function that returns it; ``val_fraction`` that of
+    :func:`split_cases`, where the data does not say; the others are those of :func:`check_cases`.
+
+    Raises:
+        Mistake: when there is nothing to train on; the message says what was found.
+    """
+    parallel.check_started()
+    folds = find_cases(dataset_dir() if callable(dataset_dir) else dataset_dir)
+    usable = check_cases([case for fold in folds.values() for case in fold], modality, **checks)
+    names = {case["case"] for case in usable}
+    folds = {fold: [case for case in cases if case["case"] in names] for fold, cases in folds.items()}
+    if "validation" not in folds:
+        folds = split_cases(folds["training"], val_fraction)
+    for fold, cases in folds.items():
+        if not cases:
+            raise Mistake(f"no volume is left for {fold} of the {len(usable)} usable ones in {dataset_dir}: add some")
+    logger.info("%d volumes to train on, %d to validate on", len(folds["training"]), len(folds["validation"]))
+    return folds
 
 
 def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> dict[str, list[Case]]:
@@ -52,13 +75,11 @@ def find_cases(dataset_dir: str | Path | None, all_must_exist: bool = True) -> d
         raise Mistake(f"dataset_dir {source} does not exist: give a folder of volumes or a datalist JSON")
     cases = _read_datalist(source / "dataset.json" if source.is_dir() else source, required=not source.is_dir())
     if cases is None:
-        paths = _volumes_below(source)
-        cases = {"training": [{"image": str(path), "case": _case_name(path, source)} for path in paths]}
+        cases = {"training": _volumes_below(source)}
     listed = [case for fold in cases.values() for case in fold]
     if not listed:
         raise Mistake(f"{source} holds no volume: looked for {', '.join('*' + suffix for suffix in SUFFIXES)}")
-    missing = [case["image"] for case in listed if not Path(case["image"]).is_file()]
-    if missing and all_must_exist:
+    if all_must_exist and (missing := [case["image"] for case in listed if not Path(case["image"]).is_file()]):
         raise Mistake(f"{source} lists {len(missing)} files that do not exist, the first one {missing[0]}")
     if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
         names = ", ".join(twins[:5])
@@ -74,15 +95,8 @@ def list_cases(dataset_dir: str | Path | None) -> list[Case]:
 def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Case]]:
     """Split by a hash of the case name: stable when cases are added, and the same on every machine and rank.
 
-    Args:
-        cases: dicts with a ``case``.
-        val_fraction: expected share of validation cases, in (0, 1). Each side gets at least one case.
-
-    Returns:
-        ``training`` and ``validation``, in the order of ``cases``.
-
-    Raises:
-        Mistake: for a fraction outside (0, 1), or fewer than two cases.
+    ``val_fraction``, in (0, 1), is the expected share of validation cases; each side gets at least one of the two or
+    more that are needed. Their order stays.
     """
     if not 0 < val_fraction < 1:
         raise Mistake(f"val_fraction {val_fraction} must lie between 0 and 1, for example 0.2")
@@ -91,8 +105,7 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
         raise Mistake(f"one volume to train on and one to validate on are needed, there is only: {names}")
     places = {case["case"]: _hash(case["case"]) / 2**64 for case in cases}
     ranked = sorted(places, key=places.__getitem__)
-    validation = {name for name in ranked if places[name] < val_fraction} or {ranked[0]}
-    validation -= {ranked[-1]}
+    validation = ({name for name in ranked if places[name] < val_fraction} or {ranked[0]}) - {ranked[-1]}
     return {
         "training": [case for case in cases if case["case"] not in validation],
         "validation": [case for case in cases if case["case"] in validation],
@@ -105,16 +118,10 @@ def case_seed(case: str, seed: int) -> int:
 
 
 def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: str = "label") -> list[Case]:
-    """Keep the cases that come with a label.
+    """Keep the cases that come with a ``label``, a map, or with a ``class``.
 
-    Args:
-        cases: from :func:`find_cases`.
-        most: keep so many at the most, chosen by a hash of their names.
-        seed: another one keeps others.
-        by: ``label``, a map, or ``class``.
-
-    Raises:
-        Mistake: when there are none, or fewer than are asked for.
+    ``most`` are kept if it is given, chosen by a hash of their names; another seed keeps others. Too few, or none, are
+    a Mistake.
     """
     kept = [case for case in cases if by in case]
     if len(kept) < len(cases):
@@ -126,6 +133,14 @@ def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: 
     if most > len(kept):
         raise Mistake(f"num_train_cases {most} is more than the {len(kept)} labelled training cases that there are")
     return sorted(kept, key=lambda case: case_seed(case["case"], seed))[:most]
+
+
+def labelled_folds(
+    folds: dict[str, list[Case]], num_labels: int, most: int | None = None, seed: int = 0, num_threads: int = 4
+) -> dict[str, list[Case]]:
+    """Keep the cases of both folds that are :func:`labelled`, ``most`` to train on, and :func:`check_labels` of all."""
+    kept = {"training": labelled(folds["training"], most, seed), "validation": labelled(folds["validation"])}
+    return {fold: check_labels(cases, num_labels, num_threads) for fold, cases in kept.items()}
 
 
 def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | None:
@@ -144,8 +159,8 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
     folds = {}
     for fold in ("training", "validation"):
         if items := content.get(fold):
-            if problem := next(filter(None, (_item_problem(item, fold) for item in items)), None):
-                raise Mistake(f"{datalist}{problem}")
+            for item in items:
+                _check_item(item, fold, datalist)
             # As a segmentation's, so that MONAI completes the paths of labels too.
             folds[fold] = load_decathlon_datalist(datalist, is_segmentation=True, data_list_key=fold)
     if others := [name for name in ("test", "testing") if content.get(name)]:
@@ -157,19 +172,17 @@ def _read_datalist(datalist: Path, required: bool) -> dict[str, list[Case]] | No
     return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
 
 
-def _item_problem(item: Any, fold: str) -> str | None:
-    """Say why an item of a datalist cannot be used, or None if it can."""
+def _check_item(item: Any, fold: str, datalist: Path) -> None:
     if not isinstance(item, dict) or not isinstance(item.get("image"), str):
-        return f": every item of '{fold}' needs one 'image' path, but one is {item}"
+        raise Mistake(f"{datalist}: every item of '{fold}' needs one 'image' path, but one is {item}")
     for path in (item["image"], item.get("label")):
         # A path in full says what it means; one that climbs may come with somebody else's list.
         if isinstance(path, str) and Path(os.path.normpath(path)).parts[:1] == ("..",):
             way_out = "move the list above its volumes, or write the path in full"
-            return f" lists {path}, which leads out of its folder: {way_out}"
-    if not _is_cylinder(item.get("field_of_view", {"radius": 1})):
+            raise Mistake(f"{datalist} lists {path}, which leads out of its folder: {way_out}")
+    if not _is_cylinder(fov := item.get("field_of_view", {"radius": 1})):
         example = "{'radius': 99, 'centre_offset': [0, 0], 'axis': 2}"
-        return f": a field_of_view must be like {example} in voxels, but one is {item['field_of_view']}"
-    return None
+        raise Mistake(f"{datalist}: a field_of_view must be like {example} in voxels, but one is {fov}")
 
 
 def _is_cylinder(fov: Any) -> bool:
@@ -178,38 +191,31 @@ def _is_cylinder(fov: Any) -> bool:
         return False
     offset = fov.get("centre_offset", [0, 0])
     numbers = (fov["radius"], *offset) if isinstance(offset, list) and len(offset) == 2 else (None,)
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-        return False
-    return fov["radius"] > 0 and fov.get("axis", 2) in (0, 1, 2)
+    are_finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    return are_finite and fov["radius"] > 0 and fov.get("axis", 2) in (0, 1, 2)
 
 
 def _listed_case(item: dict[str, Any], root: Path) -> Case:
     case = {"image": item["image"], "case": _case_name(Path(item["image"]), root)}
     if Path(str(item.get("label", ""))).is_file():
         case["label"] = str(item["label"])
-    if "field_of_view" in item:
-        case["field_of_view"] = item["field_of_view"]
-    if "class" in item:
-        case["class"] = str(item["class"])
-    return case
+    types = {"field_of_view": dict, "class": str}
+    return case | {key: kind(item[key]) for key, kind in types.items() if key in item}
 
 
-def _volumes_below(root: Path) -> list[Path]:
+def _volumes_below(root: Path) -> list[Case]:
     """Find the volumes at any depth, through links too, in the order of their names."""
     found, passed_over = [], 0
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        is_labels = any(part.lower() in LABEL_NAMES for part in Path(folder).relative_to(root).parts)
-        for name in files:
-            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
-                continue
-            if is_labels or name.lower().split(".")[0] in LABEL_NAMES:
-                passed_over += 1
-            else:
-                found.append(Path(folder) / name)
+        above = [part.lower() for part in Path(folder).relative_to(root).parts]
+        volumes = [name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+        kept = [name for name in volumes if LABEL_NAMES.isdisjoint([*above, name.lower().split(".")[0]])]
+        found += [Path(folder) / name for name in kept]
+        passed_over += len(volumes) - len(kept)
     if passed_over:
         logger.info("passed over %d files that are named after labels or masks", passed_over)
-    return sorted(found)
+    return [{"image": str(path), "case": _case_name(path, root)} for path in sorted(found)]
 
 
 def _case_name(path: Path, root: Path) -> str:

@@ -1,11 +1,10 @@
 """Check that volumes and label maps can be used, before anything is trained."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -15,11 +14,12 @@ from tqdm import tqdm
 
 from .. import parallel
 from ..mistakes import Mistake, reason
-from .cases import Case
 
 __all__ = ["check_cases", "check_labels", "resampled_shape", "volume_problem", "voxel_problem"]
 
 logger = logging.getLogger(__name__)
+
+Case = dict[str, Any]
 
 CT_NEEDS_BELOW_HU = -200  # a CT has air (-1000 HU), or at least lung or gut gas; else it is on another scale
 CT_NEEDS_ABOVE_HU = -500  # below there is air, and nothing to learn from
@@ -65,11 +65,7 @@ def check_cases(
 
 
 def check_labels(cases: list[Case], num_labels: int, num_threads: int = 4) -> list[Case]:
-    """Read every label map once, before training, and return the cases, with labels from 0 to ``num_labels``.
-
-    Raises:
-        Mistake: naming each map that cannot be used, and why.
-    """
+    """Read every label map once, with labels from 0 to ``num_labels``, and return the cases; as :func:`check_cases`."""
     if found := _problems(cases, "label", lambda case: _label_problem(case, num_labels), num_threads):
         raise Mistake(f"{len(found)} of {len(cases)} label maps cannot be used:{_listing(found)}")
     return cases
@@ -141,8 +137,7 @@ def voxel_problem(voxels: np.ndarray, modality: str, in_chans: int = 1) -> str |
         return f"has voxels of type {voxels.dtype} where plain numbers are needed"
     if bad := int(voxels.size - np.isfinite(voxels).sum()):
         return f"has {bad} voxels that are NaN or infinite"
-    problems = (_channel_problem(channel, modality) for channel in voxels)
-    return next((problem for problem in problems if problem), None)
+    return next(filter(None, (_channel_problem(channel, modality) for channel in voxels)), None)
 
 
 def _label_problem(case: Case, num_labels: int) -> str | None:

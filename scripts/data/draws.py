@@ -1,8 +1,7 @@
 """Draws for training, in which all randomness is a function of the seed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
@@ -24,8 +23,8 @@ class Draw(NamedTuple):
 class DrawSampler(DistributedSampler):
     """Draw cases for training: full batches, every case of a dataset equally often, reproducible from seed and epoch.
 
-    It is a :class:`torch.utils.data.DistributedSampler`, so that MONAI's workflow calls ``set_epoch``. The draws of one
-    global batch are dealt to the ranks in turn, so that any number of ranks trains on the same global batches.
+    It is a DistributedSampler, so that MONAI's workflow calls ``set_epoch``. The draws of one global batch are dealt to
+    the ranks in turn, so that any number of ranks trains on the same global batches.
 
     Args:
         num_cases: of the training set, all ranks together.
@@ -34,8 +33,7 @@ class DrawSampler(DistributedSampler):
         seed: of the run.
         sharded: each rank has a dataset of its own, every ``num_replicas``-th case from ``rank`` on, and draws from
             that; otherwise all have the same one.
-        num_replicas: ranks; default: those of this run.
-        rank: this one.
+        num_replicas, rank: how many ranks there are, and which is this one; default: those of this run.
     """
 
     def __init__(
@@ -51,9 +49,9 @@ class DrawSampler(DistributedSampler):
         if num_replicas is None:
             num_replicas, rank = idist.get_world_size(), idist.get_rank()
         super().__init__(range(num_cases), num_replicas, rank, seed=seed)
-        self.num_cases, self.batch_size = num_cases, batch_size
-        self.sharded = sharded and num_replicas > 1
-        self.global_batch = batch_size * num_replicas
+        self.batch_size, self.global_batch = batch_size, batch_size * num_replicas
+        self.shard = [rank] if sharded and num_replicas > 1 else []
+        self.num_cases = len(range(rank, num_cases, num_replicas)) if self.shard else num_cases
         self.iterations = iterations or -(-num_cases // self.global_batch)
         self.skipped = 0
         self.set_epoch(1)  # Ignite counts from one
@@ -62,35 +60,28 @@ class DrawSampler(DistributedSampler):
         return self.iterations * self.batch_size
 
     def __iter__(self) -> Iterator[Draw]:
-        first, self.skipped = self.skipped, 0
-        for iteration in range((self.epoch - 1) * self.iterations + first, self.epoch * self.iterations):
-            for place in range(self.batch_size):
-                yield self.draw(iteration, place)
+        first, self.skipped = (self.epoch - 1) * self.iterations + self.skipped, 0
+        for iteration, place in product(range(first, self.epoch * self.iterations), range(self.batch_size)):
+            yield self._draw(iteration, place)
 
     def skip(self, iterations: int) -> None:
         """Leave out the first iterations of the next epoch that is drawn: an interrupted run has done them."""
         self.skipped = iterations
 
-    def draw(self, iteration: int, place: int) -> Draw:
+    def _draw(self, iteration: int, place: int) -> Draw:
         """Return this rank's draw at a place of its batch, iterations counted from 0 over the whole run."""
         number = iteration * self.global_batch + self.rank * self.batch_size + place
         seed = np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0]
-        cases, shard = self.num_cases, []
-        if self.sharded:
-            cases, shard = len(range(self.rank, self.num_cases, self.num_replicas)), [self.rank]
+        if self.shard:
             number = iteration * self.batch_size + place
-        pass_number, place_in_pass = divmod(number, cases)
+        pass_number, place_in_pass = divmod(number, self.num_cases)
         # Every pass over the cases is a shuffle of its own, so all are seen equally often.
-        order = np.random.default_rng([self.seed, pass_number, *shard]).permutation(cases)
+        order = np.random.default_rng([self.seed, pass_number, *self.shard]).permutation(self.num_cases)
         return Draw(int(order[place_in_pass]), int(seed))
 
 
 class DrawnDataset(torch.utils.data.Dataset):
-    """Answer the draws of a :class:`DrawSampler`: seed the transforms, load, and pass the seed on for the mask.
-
-    Args:
-        dataset: of MONAI, with a ``transform``; items are dicts.
-    """
+    """Answer a :class:`DrawSampler` from MONAI's dataset: seed its transforms, load, pass the seed on for the mask."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -1,7 +1,5 @@
 """From a batch of the data loader to the network's arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +28,7 @@ class PrepareWholeBatch(PrepareBatch):
 
     def __call__(
         self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
-    ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor, tuple, dict]:
         """Return the volume ``(B, C, D, H, W)``, the target patches ``(B, N, P³·C)``, and no other arguments.
 
         The target is ``target`` where the batch has one, a volume whose intensities were not augmented.
@@ -47,7 +45,7 @@ class PrepareMaskedBatch(PrepareWholeBatch):
     at every draw in training, and the same at every epoch in validation.
 
     Args:
-        patch_size: P, in voxels.
+        patch_size: of :class:`PrepareWholeBatch`.
         mask_ratio: share of the valid patches to hide; must lie in (0, 1).
         seed: of the run.
         min_valid_share: a patch is valid when more of its voxels lie in the ``fov`` ``(B, 1, D, H, W)``, where one is.
@@ -69,25 +67,21 @@ class PrepareMaskedBatch(PrepareWholeBatch):
         self.mask_ratio, self.seed, self.min_valid_share = mask_ratio, seed, min_valid_share
         self.augmentation = Compose(augmentation) if augmentation else None
 
-    def __call__(
-        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
-    ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
+    def __call__(self, batchdata: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, tuple, dict]:
         """Return volume and target as :class:`PrepareWholeBatch`, and the masks by keyword."""
-        volume, target, *_ = super().__call__(batchdata, device, non_blocking)
+        volume, target, _, masks = super().__call__(batchdata, *args, **kwargs)
         if "seed" in batchdata:
             seeds = batchdata["seed"].tolist()
         else:
             seeds = [case_seed(case, self.seed) for case in batchdata["case"]]
         if self.augmentation is not None:
             volume = torch.stack([self._augmented(*pair) for pair in zip(volume, seeds, strict=True)])
-        masks = {}
         valid = torch.ones(target.shape[:2], dtype=torch.bool)
         if "fov" in batchdata:
-            valid = valid_patches(batchdata["fov"].to(device), self.patch_size, self.min_valid_share)
+            valid = valid_patches(batchdata["fov"].to(volume.device), self.patch_size, self.min_valid_share)
             masks["valid_for_masking_mask"] = valid
-        masks["masked"] = random_masking(valid, self.mask_ratio, seeds).to(device, non_blocking=non_blocking)
+        masks["masked"] = random_masking(valid, self.mask_ratio, seeds).to(volume.device, non_blocking=True)
         return volume, target, (), masks
 
     def _augmented(self, volume: Tensor, seed: int) -> Tensor:
-        self.augmentation.set_random_state(seed=seed % 2**32)
-        return self.augmentation({Keys.IMAGE: volume})[Keys.IMAGE]
+        return self.augmentation.set_random_state(seed=seed % 2**32)({Keys.IMAGE: volume})[Keys.IMAGE]

@@ -1,7 +1,5 @@
 """GradientConductor: one gradient a loss, merged without conflict, smoothed and applied."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Inferers under autocast on any device, for crops and for volumes of any size."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +16,9 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast_dtype(precision: str, device: str | torch.device) -> torch.dtype | None:
-    """Choose the type for autocast, None for float32.
+    """Choose the type for autocast on a device, None for float32.
 
-    Args:
-        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bfloat16 where the device has instructions for it.
-        device: that the network runs on.
-
-    Raises:
-        Mistake: for another ``precision``.
+    ``precision`` is ``fp32``, ``bf16``, ``fp16``, or ``auto``: bfloat16 where the device has instructions for it.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
@@ -121,13 +114,9 @@ class FeatureWindowInferer(WindowInferer):
     Windows start on patch borders, so that overlapping windows agree on where a token is.
 
     Args:
-        window_size: the network's ``img_size``, in voxels.
         patch_size: P, in voxels.
-        overlap: share of a window that its neighbour covers too, in [0, 1); rounded to whole patches.
-        settings: of :class:`WindowInferer`.
-
-    Raises:
-        Mistake: for an overlap outside [0, 1).
+        overlap: rounded to whole patches; must lie in [0, 1).
+        window_size, settings: of :class:`WindowInferer`.
     """
 
     def __init__(self, window_size: Sequence[int], patch_size: int, overlap: float = 0.5, **settings: Any) -> None:

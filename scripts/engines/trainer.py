@@ -61,8 +61,8 @@ class MAETrainer(SupervisedTrainer):
             prediction = state.output[Keys.PRED] = engine.inferer(volume, engine.network, *args, **kwargs)
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             loss, components = engine._score(prediction, target)
-            components = {name: component.detach() for name, component in components.items()}
-            state.output |= {Keys.LOSS: loss, "components": components}
+            state.output[Keys.LOSS] = loss
+            state.output["components"] = {name: component.detach() for name, component in components.items()}
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
             engine._refuse_if_any(None if torch.isfinite(loss) else f"the loss is {loss.item()}")
             engine._backward(loss)
@@ -94,19 +94,16 @@ class MAETrainer(SupervisedTrainer):
 
     def _step(self) -> None:
         self.grad_scaler.unscale_(self.optimizer)
-        self._clip()
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
-
-    def _clip(self) -> None:
         limit = math.inf if self.clip_norm is None else self.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # With half precision an overflow is no mistake: the scaler skips the step and scales less.
         if not torch.isfinite(norm) and not self.grad_scaler.is_enabled():
             self._refuse_if_any(f"the gradient's norm is {norm.item()}")
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
 
     def _refuse_if_any(self, what: str | None) -> None:
         """End the run in all ranks if anything is wrong in one of them."""

@@ -37,7 +37,6 @@ class VolumeEvaluator(SupervisedEvaluator):
         self.answer = iteration_update
 
     def _iteration(self, engine: VolumeEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
-        """Answer one volume."""
         case, error = batchdata["case"], batchdata.get("error")
         if error is None:
             try:
@@ -51,15 +50,12 @@ class VolumeEvaluator(SupervisedEvaluator):
 class VolumeWriter:
     """Base of the handlers that follow a :class:`VolumeEvaluator` and write each of its answers.
 
-    At the end, an error names the volumes that failed. A subclass defines :meth:`write`, and says in ``answers`` and
-    ``failure`` what the log and the error speak of.
-
     Args:
         output_dir: where everything goes.
     """
 
-    answers: str
-    failure: str
+    answers: str  # what the log calls them
+    failure: str  # what the error at the end says of the volumes without one
 
     def __init__(self, output_dir: str | Path) -> None:
         self.folder = Path(output_dir)

@@ -1,7 +1,5 @@
 """MONAI's ViT-MAE behind the interfaces of this bundle's network and of its encoder, to compare with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

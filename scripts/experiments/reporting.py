@@ -1,7 +1,5 @@
 """What the experiments leave: a table in Markdown, the numbers behind it in JSON, figures in one style."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,14 +1,12 @@
 """Pictures of reconstructions."""
 
-from __future__ import annotations
-
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from monai.engines.utils import IterationEvents
@@ -22,19 +20,19 @@ __all__ = ["ReconstructionFigures", "RestoreIntensities"]
 # What stands in the figures for voxels that the network did not see: a hidden patch, and one outside the field of view.
 HIDDEN, OUTSIDE = math.inf, -math.inf
 
+# Of volumes in RAS: the axis looked along, the one across and the one up.
+PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 
+
+@dataclass(eq=False)
 class RestoreIntensities:
     """Put reconstructions of a network that was trained on normalised targets back on the intensity scale.
 
     For metrics and figures of voxels: ``reconstructed_cube`` is changed, ``reconstructed_patches``, which the losses
     look at, stay. Attach to the evaluator before those.
-
-    Args:
-        loss: the one with ``normalise_target``.
     """
 
-    def __init__(self, loss: MaskedL2Loss) -> None:
-        self.loss = loss
+    loss: MaskedL2Loss  # the one with `normalise_target`
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
@@ -47,21 +45,18 @@ class RestoreIntensities:
         prediction["reconstructed_cube"] = assemble(patches, volume)
 
 
+@dataclass(eq=False)
 class ReconstructionFigures:
     """Draw original, visible and reconstructed volume in three planes: the same volumes and masks each time.
 
     Attach to the evaluator. Writes ``epoch_NNNN.png``.
-
-    Args:
-        folder: where the figures go.
-        num_volumes: the first volumes of the validation set, one row of panels each.
-        interval: epochs between two figures; the last epoch is drawn too.
-        last_epoch: the run's ``max_epochs``.
     """
 
-    def __init__(self, folder: str | Path, num_volumes: int = 3, interval: int = 1, last_epoch: int = 0) -> None:
-        self.folder, self.num_volumes, self.interval, self.last_epoch = Path(folder), num_volumes, interval, last_epoch
-        self.rows: list[tuple[str, list[np.ndarray]]] = []
+    folder: str | Path  # where the figures go
+    num_volumes: int = 3  # the first volumes of the validation set, one row of panels each
+    interval: int = 1  # epochs between two figures; the last epoch is drawn too
+    last_epoch: int = 0  # the run's `max_epochs`
+    rows: list[tuple[str, list[np.ndarray]]] = field(default_factory=list, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Follow an evaluator."""
@@ -91,21 +86,18 @@ class ReconstructionFigures:
         """Write the figure of this epoch."""
         epoch = engine.state.epoch
         if self.rows:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
             title = f"epoch {epoch}   (blue: hidden, olive: outside the field of view)"
-            _draw_panels(self.rows, self.folder / f"epoch_{epoch:04d}.png", title)
+            _draw_panels(self.rows, Path(self.folder) / f"epoch_{epoch:04d}.png", title)
 
 
 def _draw_panels(rows: list[tuple[str, list[np.ndarray]]], path: Path, title: str) -> None:
     """Draw a row a volume: axial, coronal and sagittal plane on one scale, each original | visible | rebuilt."""
-    # For volumes in RAS: the axis looked along, the one across and the one up.
-    planes = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
-    columns = [(name, axes, panel) for name, axes in planes.items() for panel in range(3)]
+    columns = [(name, axes, panel) for name, axes in PLANES.items() for panel in range(3)]
     size = rows[0][1][0].shape
     widths = [size[across] for _, (_, across, _), _ in columns]
-    height = max(size[up] for _, _, up in planes.values())
+    height = max(size[up] for _, _, up in PLANES.values())
     figure = Figure(figsize=(16, 0.8 + len(rows) * (0.1 + 15 * height / sum(widths))), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's backend
     grid = figure.subplots(len(rows), len(columns), squeeze=False, width_ratios=widths)
     outside = ListedColormap(["tab:olive"])
     for row, (case, panels) in enumerate(rows):

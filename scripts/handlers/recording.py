@@ -1,13 +1,12 @@
 """Write down what a run measures."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,18 @@ __all__ = ["ConductorStatistics", "MetricsRecorder"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class MetricsRecorder:
     """Write one line a validation to ``metrics.jsonl``, and a short one an epoch to the log.
 
     Attach to the trainer behind what validates. A resumed run replaces what an interrupted one had written beyond
     its last checkpoint. A validation whose key metric is not finite ends the run, before anything is saved.
-
-    Args:
-        path: of ``metrics.jsonl``.
-        validator: the evaluator, whose metrics are recorded.
-        interval: epochs between two validations; the last epoch is validated too.
-        logged: of the figures, those in the log; default: all.
     """
 
-    def __init__(
-        self, path: str | Path, validator: Engine, interval: int = 1, logged: Sequence[str] | None = None
-    ) -> None:
-        self.path, self.validator, self.interval, self.logged = Path(path), validator, interval, logged
+    path: str | Path  # of metrics.jsonl
+    validator: Engine  # whose metrics are recorded
+    interval: int = 1  # epochs between two validations; the last epoch is validated too
+    logged: Sequence[str] | None = None  # of the figures, those in the log; default: all
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -105,15 +99,17 @@ class MetricsRecorder:
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-        beside = self.path.with_name(f".{self.path.name}")
-        with checkpoints.named_after(self.path):
+        beside = path.with_name(f".{path.name}")
+        with checkpoints.named_after(path):
             beside.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
-            beside.replace(self.path)
+            beside.replace(path)
 
 
+@dataclass(eq=False)
 class ConductorStatistics:
     """Write what a GradientConductor decided to TensorBoard, at every optimiser step.
 
@@ -121,13 +117,9 @@ class ConductorStatistics:
     ``conductor/wins_<task>``: the share of the steps in which the task won a conflict.
 
     Attach to a :class:`~bertswin_mae.engines.ConductorTrainer`.
-
-    Args:
-        summary_writer: of TensorBoard.
     """
 
-    def __init__(self, summary_writer: SummaryWriter) -> None:
-        self.writer = summary_writer
+    summary_writer: SummaryWriter
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -147,12 +139,12 @@ class ConductorStatistics:
         self.merged += 1
         self.wins.update(set(statistics["winners"]))
         for task, norm in statistics["norms"].items():
-            self.writer.add_scalar(f"conductor/norm_{task}", norm, self.step)
+            self.summary_writer.add_scalar(f"conductor/norm_{task}", norm, self.step)
         for pair, cosine in statistics["cosines"].items():
-            self.writer.add_scalar(f"conductor/cosine_{'_'.join(pair)}", cosine, self.step)
+            self.summary_writer.add_scalar(f"conductor/cosine_{'_'.join(pair)}", cosine, self.step)
 
     def write_winners(self, engine: Engine) -> None:
         """Write how often each task won."""
         for task in engine.optimizer.statistics["norms"] if self.merged else ():
-            self.writer.add_scalar(f"conductor/wins_{task}", self.wins[task] / self.merged, engine.state.epoch)
-        self.writer.flush()
+            self.summary_writer.add_scalar(f"conductor/wins_{task}", self.wins[task] / self.merged, engine.state.epoch)
+        self.summary_writer.flush()

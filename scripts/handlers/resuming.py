@@ -1,13 +1,12 @@
 """A run that can end at any moment and go on as if it had not: locked, saved, preempted, resumed by one handler."""
 
-from __future__ import annotations
-
 import logging
 import math
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ TRAINING_STATE = "training_state.pt"
 
 
 def lock_folders(folders: Sequence[str | Path], patience: float = 10) -> list[FileLock]:
-    """Refuse to train where another run is training: two runs in one folder would overwrite each other.
+    """Refuse to train where another run is training; wait some seconds for one that is ending.
 
     The locks, which are returned, are the operating system's: they end with the process, however that ends.
-    ``patience`` is in seconds, for a run that is ending.
     """
     locks = [FileLock(Path(folder) / ".lock", timeout=patience) for folder in sorted(set(map(str, folders)))]
     for lock in locks:
@@ -48,6 +46,7 @@ def lock_folders(folders: Sequence[str | Path], patience: float = 10) -> list[Fi
     return locks
 
 
+@dataclass(eq=False)
 class Checkpointing:
     """Lock the output, resume, keep the best network and the last state, and end when the machine is taken away.
 
@@ -58,31 +57,18 @@ class Checkpointing:
     ``training_state.pt`` (everything it needs to go on as if the run had not stopped); the one before stays as
     ``training_state.previous.pt``. On SIGTERM the run saves and ends, without an error, after the iteration it
     is in, or, with several ranks, after the validation.
-
-    Args:
-        ckpt_dir: where checkpoints go.
-        validator: the evaluator, which knows the best metric and its epoch.
-        network: what to save.
-        resume: continue from what is there; a folder without a state starts anew.
-        save_encoder: also write the best network's ``encoder`` alone, to ``encoder.pt``.
-        about: settings, plain values, that a resumed run must share.
-        folders: that the run writes to, to be locked.
     """
 
-    def __init__(
-        self,
-        ckpt_dir: str | Path,
-        validator: Engine,
-        network: nn.Module,
-        resume: bool = False,
-        save_encoder: bool = False,
-        about: dict[str, Any] | None = None,
-        folders: Sequence[str | Path] = (),
-    ) -> None:
-        self.folder, self.validator, self.network = Path(ckpt_dir), validator, network
-        self.resume, self.save_encoder, self.about = resume, save_encoder, about or {}
-        self.is_first = idist.get_rank() == 0
-        self.folders, self.preempted = folders if self.is_first else (), False
+    ckpt_dir: str | Path  # where checkpoints go
+    validator: Engine  # which knows the best metric and its epoch
+    network: nn.Module  # what to save
+    resume: bool = False  # continue from what is there; a folder without a state starts anew
+    save_encoder: bool = False  # also write the best network's `encoder` alone, to encoder.pt
+    about: dict[str, Any] = field(default_factory=dict)  # settings, plain values, that a resumed run must share
+    folders: Sequence[str | Path] = ()  # that the run writes to, to be locked
+
+    def __post_init__(self) -> None:
+        self.folder, self.preempted, self.is_first = Path(self.ckpt_dir), False, idist.get_rank() == 0
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -93,7 +79,7 @@ class Checkpointing:
 
     def begin(self, engine: Engine) -> None:
         """Lock, restore, listen; the rest comes behind the handlers that are attached by now."""
-        self.locks = lock_folders(self.folders)
+        self.locks = lock_folders(self.folders if self.is_first else ())
         if self.resume:
             self.restore(engine)
         if threading.current_thread() is threading.main_thread():

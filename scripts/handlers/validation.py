@@ -1,8 +1,7 @@
 """When a run validates, and when it stops early."""
 
-from __future__ import annotations
-
 import logging
+from dataclasses import dataclass
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
@@ -38,18 +37,15 @@ class ValidationHandler(handlers.ValidationHandler):
             self.validator.state.best_metric_epoch = 0
 
 
+@dataclass(eq=False)
 class EarlyStopping:
     """End training when the validation metric has not improved for a while.
 
     The first rank decides for all; nothing needs saving, since the best epoch is.
-
-    Args:
-        patience: epochs to wait for an improvement.
-        validator: the evaluator, which knows the epoch of the best metric.
     """
 
-    def __init__(self, patience: int, validator: Engine) -> None:
-        self.patience, self.validator = patience, validator
+    patience: int  # epochs to wait for an improvement
+    validator: Engine  # which knows the epoch of the best metric
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""

@@ -1,7 +1,5 @@
 """The encoder: a CNN stem, fixed 3D positions, and Swin blocks at one constant resolution."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
@@ -138,13 +136,7 @@ class BertsWinEncoder(nn.Module):
         return math.prod(self.grid_size)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Extract features of whole volumes.
-
-        Args:
-            volume: ``(B, in_chans, *img_size)``.
-
-        Returns:
-            ``(B, C, D/P, H/P, W/P)``.
+        """Map whole volumes ``(B, in_chans, *img_size)`` to features ``(B, C, D/P, H/P, W/P)``.
 
         Raises:
             ValueError: when the volume has another shape.
@@ -180,16 +172,9 @@ class BertsWinEncoder(nn.Module):
 
 
 def sincos_positions(grid_size: Sequence[int], embed_dim: int) -> Tensor:
-    """Fixed sine-cosine positions of a 3D grid: C/3 channels an axis, in the order D, H, W, sines first.
+    """Fixed sine-cosine positions of a grid of tokens, ``(1, C, D/P, H/P, W/P)``.
 
-    MONAI's builder gives the same numbers with the first two axis blocks the other way round.
-
-    Args:
-        grid_size: tokens along D, H, W.
-        embed_dim: C, a multiple of 6.
-
-    Returns:
-        ``(1, C, D/P, H/P, W/P)``.
+    C/3 channels an axis, in the order D, H, W, sines first; MONAI's builder has the first two axes the other way round.
     """
     d, h, w = grid_size
     with warnings.catch_warnings():

@@ -1,7 +1,5 @@
 """Cutting a volume into patches, putting it together again, and choosing which patches to hide."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -12,30 +10,16 @@ __all__ = ["patchify", "random_masking", "unpatchify", "valid_patches"]
 
 
 def patchify(volume: Tensor, patch_size: int) -> Tensor:
-    """Cut volumes into flat cubic patches, the channels of one patch together.
+    """Cut volumes ``(B, C, D, H, W)``, sides multiples of P, into flat cubic patches ``(B, N, P³·C)``.
 
-    Args:
-        volume: ``(B, C, D, H, W)``; every side a multiple of ``patch_size``.
-        patch_size: P, in voxels.
-
-    Returns:
-        ``(B, N, P³·C)``: patches in the order D, H, W; inside a patch the voxels in the order D, H, W, then channels.
+    Patches are in the order D, H, W; inside a patch the voxels are in the order D, H, W, then channels.
     """
     p = patch_size
     return rearrange(volume, "b c (d p) (h q) (w r) -> b (d h w) (p q r c)", p=p, q=p, r=p)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid_size: Sequence[int]) -> Tensor:
-    """Put flat patches together again: the inverse of :func:`patchify`.
-
-    Args:
-        patches: ``(B, N, P³·C)``.
-        patch_size: P, in voxels.
-        grid_size: patches along D, H, W; their product is N.
-
-    Returns:
-        ``(B, C, D, H, W)``.
-    """
+    """Put patches ``(B, N, P³·C)`` of a grid D, H, W of N together to ``(B, C, D, H, W)``: the inverse of patchify."""
     p = patch_size
     d, h, w = grid_size
     return rearrange(patches, "b (d h w) (p q r c) -> b c (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=p, r=p)
@@ -82,11 +66,11 @@ def valid_patches(fov: Tensor, patch_size: int, min_share: float = 0.95) -> Tens
     Args:
         fov: ``(B, 1, D, H, W)``, 1 inside.
         patch_size: P, in voxels.
-        min_share: a patch is valid when more of its voxels lie inside.
+        min_share: a patch is valid when more of its voxels lie inside. Where none passes, those that lie inside most
+            do: a volume thinner than a patch, or a crop outside the field of view, still has something to look at.
 
     Returns:
-        ``(B, N)`` bool. Where no patch of a volume passes, those that lie inside most do: a volume thinner than a
-        patch still has something to look at. Of a crop outside the field of view, all do.
+        ``(B, N)`` bool.
     """
     share = patchify(fov.float(), patch_size).mean(dim=-1)
     valid = share > min_share

@@ -1,7 +1,5 @@
 """An encoder under a dense decoder of MONAI's UNETR blocks."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

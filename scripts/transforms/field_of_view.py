@@ -1,7 +1,5 @@
 """Which voxels the scanner saw, and which belong to the body."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +20,10 @@ MIN_PADDING = 0.01  # less than this share of a volume is no padding
 def cylinder(
     shape: Sequence[int], radius: float, centre_offset: Sequence[float] = (0.0, 0.0), axis: int = 2
 ) -> np.ndarray:
-    """Mark the cylinder that a cone-beam CT images (paper, field of view).
+    """Mark the cylinder that a cone-beam CT images (paper, field of view) in a bool array of a shape ``(D, H, W)``.
 
-    Args:
-        shape: D, H, W, in voxels.
-        radius: in voxels.
-        centre_offset: of its centre from that of the volume, in voxels, along the two other axes.
-        axis: that the cylinder runs along; its whole length is inside.
-
-    Returns:
-        bool array of ``shape``, True inside.
+    It runs along the whole ``axis``. Its radius, and the offset of its centre from that of the volume along the two
+    other axes, are in voxels.
     """
     places = np.ogrid[tuple(slice(side) for side in shape)]
     across = zip([other for other in range(3) if other != axis], centre_offset, strict=True)
@@ -40,72 +32,49 @@ def cylinder(
 
 
 def detect_field_of_view(volume: np.ndarray) -> np.ndarray:
-    """Find what a scanner saw: all but the constant padding around it.
+    """Find what a scanner saw of a volume ``(C, D, H, W)``: all but the constant padding around it.
 
     Padding has the commonest value of the volume's corners, exactly, and hangs together with the border. So constant
-    regions within the body stay inside, and air that is not constant does too.
-
-    Args:
-        volume: ``(C, D, H, W)``, as stored: resampling blurs the border.
-
-    Returns:
-        bool array ``(D, H, W)``, True inside; all True where there is no padding.
+    regions within the body stay inside, and air that is not constant does too. Give the volume as stored: resampling
+    blurs the border. The answer is a bool array ``(D, H, W)``, all True where there is no padding.
     """
-    ends = np.ix_(range(volume.shape[0]), *([0, -1] for _ in range(3)))
-    corners = volume[ends].reshape(volume.shape[0], -1)
+    corners = volume[np.ix_(range(len(volume)), *[[0, -1]] * 3)].reshape(len(volume), -1)  # (C, 8)
     values, counts = np.unique(corners, axis=1, return_counts=True)
-    same = (volume == values[:, counts.argmax()].reshape(-1, 1, 1, 1)).all(axis=0)
-    regions, count = ndimage.label(same)
-    touches_border = np.zeros(count + 1, dtype=bool)
-    for axis in range(3):
-        touches_border[regions.take([0, -1], axis=axis)] = True
-    outside = same & touches_border[regions]
-    return np.ones_like(outside) if outside.mean() < MIN_PADDING else ~outside
+    differs = (volume != values[:, counts.argmax()].reshape(-1, 1, 1, 1)).any(axis=0)
+    inside = ndimage.binary_fill_holes(differs)
+    return np.ones_like(inside) if (~inside).mean() < MIN_PADDING else inside
 
 
 class FieldOfViewd(MapTransform):
-    """Mark the voxels that the scanner saw, in a mask of its own, ``(1, D, H, W)`` uint8 (paper, field of view).
+    """Mark the voxels that the scanner saw, in a mask ``fov``, ``(1, D, H, W)`` uint8 (paper, field of view).
 
-    It is the cylinder that the case names, or else what is not constant padding. Put it behind ``EnsureChannelFirstd``,
-    before anything is resampled.
-
-    Args:
-        keys: of the volumes, MetaTensors ``(C, D, H, W)``.
-        fov_key: of the mask.
-        cylinder_key: of the arguments of :func:`cylinder` (all but the shape), in voxels and axes of the file.
+    It is the cylinder that the case's ``field_of_view`` describes, by the arguments of :func:`cylinder` in voxels and
+    axes of the file; or else what is not constant padding. Put it behind ``EnsureChannelFirstd``, before anything is
+    resampled. Volumes are MetaTensors ``(C, D, H, W)``.
     """
-
-    def __init__(self, keys: KeysCollection, fov_key: str = "fov", cylinder_key: str = "field_of_view") -> None:
-        super().__init__(keys)
-        self.fov_key, self.cylinder_key = fov_key, cylinder_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the mask."""
         data = dict(data)
         for key in self.key_iterator(data):
-            image, given = data[key], data.get(self.cylinder_key)
+            image, given = data[key], data.get("field_of_view")
             inside = detect_field_of_view(np.asarray(image)) if given is None else cylinder(image.shape[1:], **given)
             if given is not None and not inside.any():
                 raise Mistake(f"the field of view {given} has no voxel of {tuple(image.shape[1:])} in it")
-            data[self.fov_key] = _mask_like(image, inside)
+            data["fov"] = _mask_like(image, inside)
         return data
 
 
 class ForegroundMaskd(MapTransform):
-    """Mark the voxels of the body, in a mask of its own, ``(1, D, H, W)`` uint8.
+    """Mark the voxels of the body, in a mask ``fov``, ``(1, D, H, W)`` uint8.
 
     The body is what is above a threshold in any channel, with the holes of every axial slice filled: lungs and gut gas
-    belong to it. Put it behind ``Orientationd`` to RAS.
-
-    Args:
-        keys: of the volumes, MetaTensors ``(C, D, H, W)``.
-        threshold: on the scale that the volume has there.
-        fov_key: of the mask.
+    belong to it. Put it behind ``Orientationd`` to RAS; the threshold is on the scale that the volume has there.
     """
 
-    def __init__(self, keys: KeysCollection, threshold: float, fov_key: str = "fov") -> None:
+    def __init__(self, keys: KeysCollection, threshold: float) -> None:
         super().__init__(keys)
-        self.threshold, self.fov_key = threshold, fov_key
+        self.threshold = threshold
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the mask."""
@@ -113,7 +82,7 @@ class ForegroundMaskd(MapTransform):
         for key in self.key_iterator(data):
             above = (np.asarray(data[key]) > self.threshold).any(axis=0)
             slices = [ndimage.binary_fill_holes(plane) for plane in np.moveaxis(above, -1, 0)]
-            data[self.fov_key] = _mask_like(data[key], np.stack(slices, axis=-1))
+            data["fov"] = _mask_like(data[key], np.stack(slices, axis=-1))
         return data
 
 

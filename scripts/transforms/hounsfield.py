@@ -1,7 +1,5 @@
 """Random changes of intensity in Hounsfield units (paper, intensity augmentation)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -23,12 +21,10 @@ class _RandHounsfieldd(RandomizableTransform, MapTransform):
     Subclasses ``draw`` what is random from ``self.R``, the same for all keys, and ``change`` a volume in HU.
     """
 
-    def __init__(
-        self, keys: KeysCollection, prob: float, hu_scale: float = 1, hu_offset: float = 0, device: str | None = None
-    ) -> None:
+    def __init__(self, keys: KeysCollection, prob: float, hu_scale: float = 1, hu_offset: float = 0) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self.hu_scale, self.hu_offset, self.device = hu_scale, hu_offset, device
+        self.hu_scale, self.hu_offset = hu_scale, hu_offset
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with its volumes changed, or as it is."""
@@ -38,7 +34,7 @@ class _RandHounsfieldd(RandomizableTransform, MapTransform):
             return data
         self.draw()
         for key in self.key_iterator(data):
-            volume = torch.as_tensor(data[key]).to(self.device)
+            volume = torch.as_tensor(data[key])
             changed = self.change(volume.float() * self.hu_scale + self.hu_offset)
             data[key] = ((changed - self.hu_offset) / self.hu_scale).to(volume.dtype)
         return data
@@ -51,11 +47,10 @@ class RandHUWarpd(_RandHounsfieldd):
 
     Args:
         keys: of the volumes, ``(C, D, H, W)``.
-        prob: of a warp.
+        prob: of a change.
         anchors: in HU; must rise.
         shifts: the most that each is moved by, either way, in HU.
-        kwargs: ``hu_scale``: Hounsfield units one unit of the volume's scale stands for; ``hu_offset``: those of its
-            zero; ``device``: where to compute, and where the result stays, by default where the volume is.
+        kwargs: ``hu_scale``: HU that one unit of the volume's scale stands for; ``hu_offset``: those of its zero.
     """
 
     def __init__(
@@ -78,10 +73,8 @@ class RandHUWarpd(_RandHounsfieldd):
     def change(self, hounsfield: Tensor) -> Tensor:
         """Warp a volume."""
         # One more anchor beyond each end, moved along, makes the slope one there.
-        old, new = (
-            torch.tensor([ends[0] - 1, *ends, ends[-1] + 1], dtype=torch.float32, device=hounsfield.device)
-            for ends in (self.anchors, self.moved)
-        )
+        anchors = [[ends[0] - 1, *ends, ends[-1] + 1] for ends in (self.anchors, self.moved)]
+        old, new = torch.tensor(anchors, dtype=torch.float32, device=hounsfield.device)
         piece = torch.bucketize(hounsfield, old[1:-1])
         slope = new.diff() / old.diff()
         return new[piece] + slope[piece] * (hounsfield - old[piece])
@@ -99,16 +92,12 @@ class RandCTNoised(_RandHounsfieldd):
     has the deviation above: 6 to 20 HU in water, as in scans. Taken literally, the mix would leave 0.6 to 2 HU.
 
     Args:
-        keys: of the volumes, ``(C, D, H, W)``.
-        prob: of noise.
+        keys, prob, kwargs: as of :class:`RandHUWarpd`.
         dose: least and most.
-        fine: least and most standard deviation of the finer Gaussian, in voxels.
-        coarse: of the coarser one.
+        fine, coarse: least and most standard deviation of the two Gaussians, in voxels.
         mix: least and most share of the finer one.
         density: growth of the amplitude, per HU.
-        electronic: standard deviation of the white noise, in units.
-        unit: HU.
-        kwargs: as of :class:`RandHUWarpd`.
+        electronic: standard deviation of the white noise, in units of ``unit`` HU.
     """
 
     def __init__(
@@ -137,10 +126,10 @@ class RandCTNoised(_RandHounsfieldd):
     def change(self, hounsfield: Tensor) -> Tensor:
         """Add noise to a volume."""
         generator = torch.Generator(hounsfield.device).manual_seed(self.seed)
-        texture = self._grain(hounsfield, generator)
+        grain = self._grain(hounsfield, generator)
         amplitude = torch.exp(self.density * hounsfield) / math.sqrt(self.drawn_dose)
         white = torch.randn(hounsfield.shape, generator=generator, device=hounsfield.device)
-        return hounsfield + self.unit * (amplitude * texture + self.electronic * white)
+        return hounsfield + self.unit * (amplitude * grain + self.electronic * white)
 
     def _grain(self, like: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mixed fields, of a volume's shape and of standard deviation one."""

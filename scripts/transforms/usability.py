@@ -1,7 +1,5 @@
 """Refusing volumes that cannot be used, with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,55 +13,40 @@ from ..mistakes import Mistake
 __all__ = ["RefuseHuged", "RefuseUnusabled"]
 
 
-class _Refusing(MapTransform):
-    """Hand volumes on as they are, or refuse them with the ``problem`` that they have."""
+class RefuseUnusabled(MapTransform):
+    """Refuse volumes that :func:`~bertswin_mae.data.check_cases` would refuse before training; arguments as there.
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the data as it is, or raise a Mistake that says why a volume cannot be used."""
-        for key in self.key_iterator(data):
-            if problem := self.problem(data[key]):
-                raise Mistake(problem)
-        return dict(data)
-
-
-class RefuseUnusabled(_Refusing):
-    """Refuse volumes that cannot be used: not 3D, constant, not finite, or not in Hounsfield units for a CT.
-
-    The checks are those that training makes beforehand (:func:`~bertswin_mae.data.voxel_problem`). Put it behind
-    ``EnsureChannelFirstd``.
-
-    Args:
-        keys: of the volumes, ``(C, D, H, W)``.
-        modality: ``ct`` or ``mr``.
-        in_chans: channels a volume must have.
+    They are not 3D, constant, not finite, or not in Hounsfield units for a CT. Put it behind ``EnsureChannelFirstd``.
     """
 
     def __init__(self, keys: KeysCollection, modality: str, in_chans: int = 1) -> None:
         super().__init__(keys)
         self.modality, self.in_chans = modality, in_chans
 
-    def problem(self, image: Any) -> str | None:
-        """See :func:`~bertswin_mae.data.voxel_problem`."""
-        return voxel_problem(np.asarray(image), self.modality, self.in_chans)
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data as it is, or raise a Mistake that says why a volume cannot be used."""
+        for key in self.key_iterator(data):
+            if problem := voxel_problem(np.asarray(data[key]), self.modality, self.in_chans):
+                raise Mistake(problem)
+        return dict(data)
 
 
-class RefuseHuged(_Refusing):
-    """Refuse volumes that resampling would make larger than memory should hold, before it is tried.
+class RefuseHuged(MapTransform):
+    """Refuse volumes that resampling to a spacing (mm, or None) would make larger than memory should hold.
 
-    Args:
-        keys: of the volumes, MetaTensors ``(C, D, H, W)``.
-        spacing: that they will be resampled to, in mm; None: they stay as they are.
-        max_voxels: the largest size, all channels together.
+    They are MetaTensors ``(C, D, H, W)``; ``max_voxels`` counts all channels together.
     """
 
     def __init__(self, keys: KeysCollection, spacing: Sequence[float] | None, max_voxels: int) -> None:
         super().__init__(keys)
         self.spacing, self.max_voxels = spacing, max_voxels
 
-    def problem(self, image: Any) -> str | None:
-        """Say how large a volume would be, if that is too large."""
-        shape = resampled_shape(image, self.spacing)
-        if (voxels := image.shape[0] * shape.prod()) <= self.max_voxels:
-            return None
-        voxels = f"{voxels:.3g} voxels {tuple(shape.astype(int).tolist())} at a spacing of {self.spacing or 'its own'}"
-        return f"would have {voxels}: max_voxels is {self.max_voxels:.3g}; choose a coarser spacing"
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data as it is, or raise a Mistake that says how large a volume would be."""
+        for key in self.key_iterator(data):
+            shape = resampled_shape(data[key], self.spacing)
+            if (voxels := data[key].shape[0] * shape.prod()) > self.max_voxels:
+                size = f"{voxels:.3g} voxels {tuple(shape.astype(int).tolist())}"
+                most = f"at a spacing of {self.spacing or 'its own'}: max_voxels is {self.max_voxels:.3g}"
+                raise Mistake(f"would have {size} {most}; choose a coarser spacing")
+        return dict(data)

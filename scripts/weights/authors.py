@@ -1,7 +1,5 @@
 """Weights of the original authors' implementation, from and to ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 
@@ -48,9 +46,7 @@ def to_reference_state_dict(network: nn.Module) -> dict[str, Tensor]:
     Args:
         network: a :class:`~bertswin_mae.networks.BertsWinMAE`.
 
-    Returns:
-        The same tensors under the authors' names, and what their state dict holds beside: positions
-        ``(1, N, C)`` and relative position indices.
+    What the authors' state dict holds beside is added: positions ``(1, N, C)`` and relative position indices.
     """
     encoder, blocks = network.encoder, network.encoder.swin.blocks
     num_stages = None if encoder.strict_stem else len(encoder.stem.stages)

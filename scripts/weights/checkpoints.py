@@ -1,7 +1,5 @@
 """Checkpoints on disk: written whole or not at all, read safely."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -117,14 +115,9 @@ def load(path: str | Path) -> Any:
 
 
 def load_newest(path: str | Path, keep_aside: bool = True) -> Any | None:
-    """Read a checkpoint, or the one before it where it is damaged.
+    """Read a checkpoint, or the one before it where it is damaged; None when there is none at all.
 
-    Args:
-        path: as given to ``save(…, keep_previous=True)``.
-        keep_aside: rename a damaged file, so that the next save does not put it in the place of the good one.
-
-    Returns:
-        The content, or None when there is no checkpoint at all.
+    With ``keep_aside`` a damaged file is renamed, so that the next save does not put it in the place of the good one.
 
     Raises:
         Mistake: when there are checkpoints, but none that can be read.

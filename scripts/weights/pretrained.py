@@ -1,7 +1,5 @@
 """Fill networks with weights: completely, or not at all and with an account of what does not fit."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,33 +12,20 @@ from ..mistakes import Mistake
 from ..networks import BertsWinEncoder, bertswin_mae_small_patch8_48x64x48
 from .checkpoints import load
 
-__all__ = [
-    "Comparison",
-    "build_pretrained",
-    "bundle_root",
-    "compare",
-    "encoder_part",
-    "fill",
-    "pretrained_encoder",
-    "read_weights",
-    "stem_is_strict",
-    "strip_prefixes",
-]
+__all__ = ["Comparison", "build_pretrained", "bundle_root", "compare", "encoder_part", "fill"]
+__all__ += ["pretrained_encoder", "read_weights", "stem_is_strict", "strip_prefixes"]
 
 # What DistributedDataParallel and torch.compile put in front of every name.
 WRAPPERS = r"^(module\.|_orig_mod\.)+"
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor] | str | Path | None, source: str | Path = "") -> nn.Module:
-    """Fill a network with all of its weights: the one way from a file into a network.
+    """Fill a network with all of its weights, and return it: the one way from a file into a network.
 
     Args:
         network: to fill. An encoder takes the encoder's part of a whole network's weights.
         weights: a file, or its content; None: the network stays as it was initialised.
         source: the file that content came from, for messages.
-
-    Returns:
-        The network.
 
     Raises:
         Mistake: when there is no such file, or a tensor is missing, left over, or of another shape; nothing is changed.
@@ -75,9 +60,6 @@ def build_pretrained(
             is strict, as its stages are the better skips.
         part: what of the network to fill, such as ``encoder``; default: all of it.
         like: a file, if it is there by now, that the network will be filled with later: its stem is of that kind.
-
-    Raises:
-        Mistake: when there are no such weights, or they do not fit what ``build`` makes.
     """
     if weights is None and like is None:
         raise Mistake("give --pretrained, the model.pt of a pre-training or a tuning, or an encoder.pt")
@@ -92,11 +74,7 @@ def build_pretrained(
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read flat weights, wrapper prefixes removed.
-
-    Raises:
-        Mistake: when there is no such file, it cannot be read safely, or it holds something else.
-    """
+    """Read flat weights, wrapper prefixes removed; a Mistake when a file holds something else, or cannot be read."""
     content = load(path)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise Mistake(f"{path} holds no flat weights (name → tensor): use the model.pt of a run")
@@ -104,11 +82,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def stem_is_strict(state_dict: Mapping[str, Tensor], source: str | Path, given: bool | None = None) -> bool:
-    """Tell from the weights of a network, or of an encoder, whether its stem's kernels do not overlap.
-
-    Raises:
-        Mistake: when ``given`` says otherwise.
-    """
+    """Tell from the weights whether the stem's kernels do not overlap; a Mistake when ``given`` says otherwise."""
     strict = any(
         name.endswith("stem.stages.0.0.weight") and kernel.shape[-1] == 2 for name, kernel in state_dict.items()
     )
@@ -175,12 +149,7 @@ def bundle_root() -> Path:
 def pretrained_encoder() -> BertsWinEncoder:
     """Build the small encoder with the weights of ``models/model.pt``; the model card says what they have seen.
 
-    Returns:
-        The encoder in evaluation mode: volumes ``(B, 1, 48, 64, 48)`` on the scale [-1, 1] to features
-        ``(B, 192, 6, 8, 6)``.
-
-    Raises:
-        Mistake: when the weights are not there.
+    In evaluation mode, it maps volumes ``(B, 1, 48, 64, 48)`` on the scale [-1, 1] to features ``(B, 192, 6, 8, 6)``.
     """
     weights = bundle_root() / "models" / "model.pt"
     return build_pretrained(bertswin_mae_small_patch8_48x64x48, weights, part="encoder").encoder.eval()

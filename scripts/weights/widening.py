@@ -1,7 +1,5 @@
 """From weights of one input channel to weights of several."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -13,16 +11,12 @@ __all__ = ["widen"]
 
 
 def widen(state_dict: Mapping[str, Tensor], in_chans: int, spread: str) -> dict[str, Tensor]:
-    """Make weights for a network of several input channels from those of one.
+    """Make weights for a network of several input channels, each rebuilt by its decoder as the one, from those of one.
 
     Args:
         state_dict: flat weights of a one-channel network, or of its encoder alone.
         in_chans: channels of the wide network.
-        spread: ``mean``: every channel gets an equal share of the stem's first kernel; ``first``: the first channel
-            gets all of it.
-
-    Returns:
-        The wide weights; a decoder rebuilds every channel as it did the one.
+        spread: of the stem's first kernel: every channel gets an equal share (``mean``), or the first all (``first``).
 
     Raises:
         Mistake: for another ``spread``, or weights that are not of one channel.

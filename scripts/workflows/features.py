@@ -1,7 +1,5 @@
 """From volumes to feature maps: any size by sliding windows, each token placed in the scanner's space."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import math
@@ -13,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from ignite.engine import Engine
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..engines.volumes import VolumeEvaluator, VolumeWriter, save_nifti
+from ..handlers.figures import PLANES
 from ..mistakes import Mistake
 
 __all__ = ["ExtractFeatures", "FeatureWriter", "Placement", "feature_affine", "place_in_window", "principal_colours"]
@@ -50,16 +48,9 @@ class Placement(NamedTuple):
 def place_in_window(
     volume: Tensor, window_size: Sequence[int], patch_size: int, background: float
 ) -> tuple[Tensor, Placement]:
-    """Pad a volume on both sides to whole patches, and to at least one window.
+    """Pad a volume ``(C, D, H, W)`` on both sides to whole patches, and to at least one window; say where it lies then.
 
-    Args:
-        volume: ``(C, D, H, W)``.
-        window_size: voxels along D, H, W.
-        patch_size: P, in voxels.
-        background: what to pad with.
-
-    Returns:
-        The padded volume and where the original lies in it.
+    ``window_size`` (D, H, W) and ``patch_size`` are in voxels, ``background`` is what to pad with.
     """
     size = tuple(volume.shape[1:])
     pads = [max(w, math.ceil(side / patch_size) * patch_size) - side for side, w in zip(size, window_size, strict=True)]
@@ -88,7 +79,7 @@ def feature_affine(
     return affine @ to_voxel
 
 
-@dataclass
+@dataclass(eq=False)
 class ExtractFeatures:
     """Extract the features of a volume of any size: what a :class:`VolumeEvaluator` does in inference."""
 
@@ -102,8 +93,9 @@ class ExtractFeatures:
         """Pad an item's ``image`` ``(C, D, H, W)``, slide an encoder over it, and crop back.
 
         Returns:
-            ``image``, its ``placement``, the ``embedding`` ``(C,)``, and ``maps`` ``(C, d, h, w)`` with affines of
-            their own: ``features``, and with skips ``skip_1`` (the finest) and so on.
+            ``image``, its ``placement``, ``maps`` ``(C, d, h, w)`` with affines of their own (``features``, and with
+            skips ``skip_1``, the finest, and so on), and the ``embedding`` ``(C,)``: the mean of the tokens, each
+            weighted by the share of foreground in its patch.
         """
         image, network = item["image"], evaluator.network
         padded, placement = place_in_window(image.as_tensor(), self.window_size, self.patch_size, self.background)
@@ -123,16 +115,11 @@ class ExtractFeatures:
         # A strict stem's blocks are centred on their middle, the default stem's kernels on their first voxel.
         centre = None if network.strict_stem else 0.0
         maps |= {f"skip_{number}": cropped(skip, centre) for number, skip in enumerate(skips, start=1)}
-        embedding = self._pool(maps["features"].as_tensor(), padded, placement)
-        return {"image": image, "placement": placement, "maps": maps, "embedding": embedding}
-
-    def _pool(self, features: Tensor, padded: Tensor, placement: Placement) -> Tensor:
-        """Average the tokens, each weighted by the share of foreground in its patch."""
         is_foreground = (padded[:1] > self.foreground).float()
         weights = F.avg_pool3d(is_foreground, self.patch_size)[(slice(None), *placement.tokens)]
-        if weights.sum() == 0:
-            weights = torch.ones_like(weights)
-        return (features * weights).sum(dim=(1, 2, 3)) / weights.sum()
+        weights = weights if weights.any() else torch.ones_like(weights)
+        embedding = (maps["features"].as_tensor() * weights).sum(dim=(1, 2, 3)) / weights.sum()
+        return {"image": image, "placement": placement, "maps": maps, "embedding": embedding}
 
 
 class FeatureWriter(VolumeWriter):
@@ -142,7 +129,7 @@ class FeatureWriter(VolumeWriter):
     there are skips, and ``figure.png``. For all, ``embeddings.csv``.
 
     Args:
-        output_dir: where everything goes.
+        output_dir: of :class:`VolumeWriter`.
         figures: draw one for each case.
     """
 
@@ -205,14 +192,11 @@ def _draw(output: dict[str, Any], path: Path) -> None:
     last = first + placement.patch_size * np.array(colours.shape[:3]) * spacing
     low, high = np.percentile(volume, [0.5, 99.5])
 
-    # For volumes in RAS: the axis looked along, the one across and the one up.
-    planes = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
-    widths = [size[across] for _, across, _ in planes.values() for _ in range(2)]
-    height = max(size[up] for _, _, up in planes.values())
+    widths = [size[across] for _, across, _ in PLANES.values() for _ in range(2)]
+    height = max(size[up] for _, _, up in PLANES.values())
     figure = Figure(figsize=(13, 1 + 12.5 * height / sum(widths)), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's backend
     axes = figure.subplots(1, 6, width_ratios=widths)
-    for (name, (along, across, up)), gray, rgb in zip(planes.items(), axes[::2], axes[1::2], strict=True):
+    for (name, (along, across, up)), gray, rgb in zip(PLANES.items(), axes[::2], axes[1::2], strict=True):
         middle = volume.shape[along] // 2
         token = (middle - placement.first_voxel[along]) // placement.patch_size
         plane, extent = volume.take(middle, along).T, (0, size[across], 0, size[up])

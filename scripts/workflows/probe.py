@@ -1,7 +1,5 @@
 """A frozen probe: how much of the labels can be read off the features, of each token and of each volume."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -20,9 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-__all__ = [
-    "FrozenProbe",
-]
+__all__ = ["FrozenProbe"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +28,7 @@ Cases = tuple[Tensor, Tensor]  # features (cases, …, C) and targets (cases, �
 Score = Callable[[Tensor, Tensor], float]  # of a prediction and its target, larger is better
 
 
-@dataclass
+@dataclass(eq=False)
 class FrozenProbe:
     """Read labels off frozen features: token by token, and off the embedding of each volume.
 
@@ -128,13 +124,10 @@ def fit_best(
 
     Args:
         build: an estimator of scikit-learn, from a setting and the number of rows to fit.
-        settings: to choose from.
+        settings: to choose from, by the score.
         train: to fit; each feature is standardised by their statistics.
-        new: features ``(other cases, …, C)``.
-        score: what the setting is chosen by.
-
-    Returns:
-        The prediction ``(other cases, …, K)``, and the setting.
+        new: features ``(other cases, …, C)``; their prediction ``(…, K)`` is returned, and the setting.
+        score: of a prediction and its target.
     """
     scaler = StandardScaler().fit(_rows(train[0]))
 

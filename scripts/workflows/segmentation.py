@@ -1,7 +1,5 @@
 """Segmentation on top of any encoder: freezing it, label maps of a folder of volumes."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -39,10 +37,9 @@ class FreezeEncoder:
 
     def freeze(self, engine: Engine) -> None:
         """Freeze or thaw, by the epoch's number alone: also in a run that goes on."""
-        frozen = engine.state.epoch <= self.epochs
         if engine.state.epoch == self.epochs + 1 and self.epochs:
             logger.info("the encoder is trained from here on")
-        self.encoder.requires_grad_(not frozen)
+        self.encoder.requires_grad_(engine.state.epoch > self.epochs)
 
 
 class PredictMask:

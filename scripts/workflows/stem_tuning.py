@@ -1,11 +1,10 @@
 """Stem tuning: adapt the stem of a pre-trained network to whole volumes, everything else frozen."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,13 @@ __all__ = ["StemTuning", "StemTuningLoss", "StemTuningReport", "load_original"]
 logger = logging.getLogger(__name__)
 
 OBJECTIVES = ("reconstruction", "distillation", "both")
+Build = Callable[..., BertsWinMAE]  # makes a network, given `strict_stem` and perhaps `blockwise_norm`
 
 
-def load_original(
-    build: Callable[..., BertsWinMAE], pretrained: str | Path | None, strict_stem: bool | None = None
-) -> BertsWinMAE:
-    """Load a pre-trained network, with the kind of stem that it was trained with.
+def load_original(build: Build, pretrained: str | Path | None, strict_stem: bool | None = None) -> BertsWinMAE:
+    """Load a whole pre-trained network; arguments are those of :func:`~bertswin_mae.weights.build_pretrained`.
 
-    Args:
-        build: makes the network, given ``strict_stem`` and ``blockwise_norm``.
-        pretrained: the whole network's weights, such as ``model.pt`` of a pre-training.
-        strict_stem: what the user says, if anything; else it is read off the weights.
-
-    Raises:
-        Mistake: when there are no such weights, or they do not fit.
+    ``build`` is given ``blockwise_norm`` too.
     """
     if pretrained is None:
         raise Mistake("give --pretrained, the model.pt of a pre-training")
@@ -58,28 +50,19 @@ def load_original(
 class StemTuning(nn.Module):
     """The network whose stem is tuned, beside the frozen original that sets the target.
 
-    The tuned network reads whole volumes; the original reads isolated patches, as in pre-training, with nothing
-    hidden.
+    The one reads whole volumes, the other isolated patches, as in pre-training, with nothing hidden.
 
     Args:
-        original: the pre-trained network; it is frozen.
+        original: the pre-trained network.
         stem: ``keep`` tunes a copy of the original's stem (the paper's ways A and C); ``strict`` starts from a fresh
             stem of non-overlapping kernels (way B) and says which weights are new.
         build: makes a network like the original, given ``strict_stem``.
         objective: ``reconstruction``, ``distillation`` or ``both``; see :class:`StemTuningLoss`.
-        blockwise_norm: whether the tuned stem is to have it.
-
-    Raises:
-        Mistake: for another ``stem``.
+        blockwise_norm: whether the tuned stem is to have it, which must then be strict.
     """
 
     def __init__(
-        self,
-        original: BertsWinMAE,
-        stem: str,
-        build: Callable[..., BertsWinMAE],
-        objective: str,
-        blockwise_norm: bool = False,
+        self, original: BertsWinMAE, stem: str, build: Build, objective: str, blockwise_norm: bool = False
     ) -> None:
         super().__init__()
         if stem not in ("keep", "strict"):
@@ -89,8 +72,12 @@ class StemTuning(nn.Module):
                 "blockwise_norm needs a strict stem, which the pre-trained one is not: give --stem strict too"
             )
         self.objective, self.original = objective, original.requires_grad_(False)
-        fresh = build(strict_stem=True) if stem == "strict" else None
-        self.network = copy.deepcopy(original) if fresh is None else _with_all_but_the_stem(fresh, original)
+        self.network = copy.deepcopy(original) if stem == "keep" else build(strict_stem=True)
+        if stem == "strict":
+            fresh, kept = self.network.state_dict(), _all_but_the_stem(original)
+            new = ", ".join(sorted(fresh.keys() - kept.keys()))
+            logger.info("%d weights taken over; new, as the stem is a fresh strict one: %s", len(kept), new)
+            fill(self.network, fresh | kept)
         self.network.requires_grad_(False)
         self.network.encoder.stem.requires_grad_(True)
 
@@ -116,17 +103,16 @@ class StemTuning(nn.Module):
             patch_features = self.original.extract_features(volume)
         out = {"features": features, "patch_features": patch_features}
         if self.objective != "distillation" or not self.training:
-            patches, encoder = self.network.decoder.reconstruct_patches(features), self.network.encoder
-            out["reconstructed_cube"] = unpatchify(patches, encoder.patch_size, encoder.grid_size)
-            out["reconstructed_patches"] = patches
-            out["mae_mask_1d"] = volume.new_ones(volume.shape[0], self.network.encoder.num_patches)
+            patches = self.network.decoder.reconstruct_patches(features)
+            out["reconstructed_cube"] = unpatchify(patches, self.network.encoder.patch_size, features.shape[2:])
+            out |= {"reconstructed_patches": patches, "mae_mask_1d": volume.new_ones(patches.shape[:2])}
         if not self.training:
             out["patch_mode_cube"] = self.original.decoder(patch_features)
         return out
 
     def changed_weights(self) -> list[str]:
         """Name the weights outside the stem that are not the original's, bit for bit: there should be none."""
-        original, tuned = (_all_but_the_stem(network) for network in (self.original, self.network))
+        original, tuned = self.original.state_dict(), _all_but_the_stem(self.network)
         return [name for name, value in tuned.items() if not torch.equal(value, original[name])]
 
 
@@ -155,11 +141,7 @@ class StemTuningLoss(nn.Module):
         return self.score(prediction, target)[0]
 
     def score(self, prediction: dict[str, Tensor], target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score the output of :class:`StemTuning`.
-
-        Args:
-            prediction: the output.
-            target: ``(B, N, P³·C)``, the volume in patches.
+        """Score the output of :class:`StemTuning` by the volume in patches ``(B, N, P³·C)``.
 
         Returns:
             The loss, a scalar, and what the reconstruction's error is made of.
@@ -174,19 +156,16 @@ class StemTuningLoss(nn.Module):
         return loss, components
 
 
+@dataclass(eq=False)
 class StemTuningReport:
     """Sum the tuning up in ``stem_tuning.json``, and prove that only the stem changed.
 
     Attach to the trainer behind the MetricsRecorder.
-
-    Args:
-        path: of ``stem_tuning.json``.
-        metrics: of ``metrics.jsonl``, which holds the untuned network's figures as epoch 0.
-        tuning: the network that is trained.
     """
 
-    def __init__(self, path: str | Path, metrics: str | Path, tuning: StemTuning) -> None:
-        self.path, self.metrics, self.tuning = Path(path), Path(metrics), tuning
+    path: str | Path  # of stem_tuning.json
+    metrics: str | Path  # of metrics.jsonl, which holds the untuned network's figures as epoch 0
+    tuning: StemTuning  # the network that is trained
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -207,9 +186,9 @@ class StemTuningReport:
             raise RuntimeError(f"{len(changed)} frozen weights changed during stem tuning, the first one {changed[0]}")
         if idist.get_rank() > 0:
             return
-        records = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        records = [json.loads(line) for line in Path(self.metrics).read_text().splitlines()]
         report = summarise(records) | {"objective": self.tuning.objective}
-        self.path.write_text(json.dumps(report, indent=1) + "\n")
+        Path(self.path).write_text(json.dumps(report, indent=1) + "\n")
         logger.info(
             "feature cosine %.3f -> %.3f, volumetric error %.4g -> %.4g (patch mode %.4g), best in epoch %d",
             *(report[name] for name in ("feature_cosine_before", "feature_cosine_after", "volumetric_before")),
@@ -218,10 +197,7 @@ class StemTuningReport:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compare the best validation with the one before tuning.
-
-    Args:
-        records: of ``metrics.jsonl``, epoch 0 first.
+    """Compare the best validation of ``metrics.jsonl`` with the one before tuning, epoch 0.
 
     Returns:
         ``patch_mode``, ``volumetric_before`` and ``volumetric_after`` (mean squared errors),
@@ -243,10 +219,3 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _all_but_the_stem(network: BertsWinMAE) -> dict[str, Tensor]:
     return {name: value for name, value in network.state_dict().items() if not name.startswith("encoder.stem.")}
-
-
-def _with_all_but_the_stem(network: BertsWinMAE, original: BertsWinMAE) -> BertsWinMAE:
-    ours, weights = network.state_dict(), _all_but_the_stem(original)
-    new = ", ".join(sorted(ours.keys() - weights.keys()))
-    logger.info("%d weights taken over; new, as the stem is a fresh strict one: %s", len(weights), new)
-    return fill(network, ours | weights)

@@ -16,21 +16,6 @@ from scripts.experiments.proof.contestants import PRETRAININGS, RATES
 from scripts.experiments.proof.experiments import Proof
 from scripts.experiments.proof.report import report_convergence, report_probes, report_scores
 from scripts.experiments.proof.runs import Run, execute
-from scripts.mistakes import Mistake, command
-
-
-def test_a_command_ends_with_a_mistake_alone_and_with_a_bug_as_it_is():
-    def wrong(kind):
-        try:
-            raise {"mistake": Mistake, "file": OSError, "bug": KeyError}[kind]("this is wrong")
-        except Mistake as error:
-            raise RuntimeError("MONAI says it in many words") from error
-
-    for kind in ("mistake", "file"):
-        with pytest.raises(SystemExit, match=r"^error: this is wrong$"):
-            command({"wrong": wrong}, ["wrong", kind])
-    with pytest.raises(KeyError):
-        command({"wrong": wrong}, ["wrong", "bug"])
 
 
 @pytest.fixture

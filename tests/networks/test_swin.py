@@ -22,15 +22,15 @@ CASES = {
 def both(window_size, grid_size, **settings):
     """A SwinLayer, and MONAI's layer with the same weights, biases large enough to matter."""
     torch.manual_seed(0)
-    fast = SwinLayer(24, 3, 2, window_size, grid_size, **settings)
-    for name, parameter in fast.named_parameters():
+    ours = SwinLayer(24, 3, 2, window_size, grid_size, **settings)
+    for name, parameter in ours.named_parameters():
         if "bias" in name:
             torch.nn.init.normal_(parameter)
-    plain = BasicLayer(24, 3, 2, window_size, drop_path=0.0, qkv_bias=True)
-    for block in plain.blocks:
+    monais = BasicLayer(24, 3, 2, window_size, drop_path=0.0, qkv_bias=True)
+    for block in monais.blocks:
         block.attn.register_buffer("relative_position_index", block.attn.relative_position_index, persistent=False)
-    plain.load_state_dict(fast.state_dict())  # strict: the same names and shapes
-    return fast, plain
+    monais.load_state_dict(ours.state_dict())  # strict: the same names and shapes
+    return ours, monais
 
 
 def outcome(layer, tokens, precision=torch.float32):
@@ -54,11 +54,11 @@ def assert_same(outcome, expected, tolerance):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_and_gradients_are_those_of_monai(case, checkpointing):
-    fast, plain = both(*CASES[case], activation_checkpointing=checkpointing)
+    ours, monais = both(*CASES[case], activation_checkpointing=checkpointing)
     tokens = noise(2, 24, *CASES[case][1])
-    assert_same(outcome(fast, tokens), outcome(plain, tokens), 1e-5)
+    assert_same(outcome(ours, tokens), outcome(monais, tokens), 1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(tokens), monais(tokens), rtol=1e-5, atol=1e-5)
 
 
 def relative_errors(outcome, exact):
@@ -67,10 +67,10 @@ def relative_errors(outcome, exact):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_stays_within_a_hundredth_of_float32(case):
-    fast, plain = both(*CASES[case])
+    ours, monais = both(*CASES[case])
     tokens = noise(2, 24, *CASES[case][1])
-    exact = outcome(plain, tokens)
-    errors = relative_errors(outcome(fast, tokens, torch.bfloat16), exact)
+    exact = outcome(monais, tokens)
+    errors = relative_errors(outcome(ours, tokens, torch.bfloat16), exact)
     assert errors["features"] < 1e-2
     norms = {name: tensor.norm() for name, tensor in exact.items() if name != "features"}
     whole = sum((errors[name] * norm) ** 2 for name, norm in norms.items()) ** 0.5
@@ -81,23 +81,23 @@ def test_bfloat16_stays_within_a_hundredth_of_float32(case):
 
 @pytest.mark.parametrize("trained", [["norm1"], ["relative_position_bias_table"], ["qkv.bias"], ["linear2.weight"], []])
 def test_what_is_frozen_does_not_change_the_gradient_of_the_rest(trained):
-    fast, _ = both((2, 2, 2), (4, 3, 4))
+    ours, _ = both((2, 2, 2), (4, 3, 4))
     tokens = noise(2, 24, 4, 3, 4)
-    everything = outcome(fast, tokens)
-    for name, parameter in fast.named_parameters():
+    everything = outcome(ours, tokens)
+    for name, parameter in ours.named_parameters():
         parameter.requires_grad_(any(part in name for part in trained))
-    kept = {name: parameter for name, parameter in fast.named_parameters() if parameter.requires_grad}
+    kept = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
     tokens.requires_grad_()
-    loss = (fast(tokens) * noise(2, 24, 4, 3, 4, seed=1)).sum()
+    loss = (ours(tokens) * noise(2, 24, 4, 3, 4, seed=1)).sum()
     gradients = torch.autograd.grad(loss, (tokens, *kept.values()))
     expected = {name: everything[name] for name in ("tokens", *kept)}
     assert_same(dict(zip(expected, gradients, strict=True)), expected, 1e-6)
 
 
 def test_a_layer_may_be_used_twice_in_a_graph_that_is_walked_back_twice():
-    fast, plain = both((2, 2, 2), (4, 4, 4))
+    ours, monais = both((2, 2, 2), (4, 4, 4))
     tokens, gradients = noise(1, 24, 4, 4, 4), []
-    for layer in (fast, plain):
+    for layer in (ours, monais):
         loss = (layer(layer(tokens)) * noise(1, 24, 4, 4, 4, seed=1)).sum()
         first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
         again = torch.autograd.grad(loss, list(layer.parameters()))
@@ -107,17 +107,17 @@ def test_a_layer_may_be_used_twice_in_a_graph_that_is_walked_back_twice():
 
 
 def test_tokens_of_another_grid_are_refused():
-    fast, _ = both((2, 2, 2), (4, 2, 2))
+    ours, _ = both((2, 2, 2), (4, 2, 2))
     with pytest.raises(ValueError, match=r"grid of \(2, 4, 2\), built for \(4, 2, 2\)"):
-        fast(noise(1, 24, 2, 4, 2))
+        ours(noise(1, 24, 2, 4, 2))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_attention_matrix_is_kept_for_the_way_back(frozen):
-    fast, plain = both((4, 4, 4), (8, 8, 8))
-    fast.requires_grad_(not frozen)
+    ours, monais = both((4, 4, 4), (8, 8, 8))
+    ours.requires_grad_(not frozen)
     kept = []
-    for layer in (fast, plain):
+    for layer in (ours, monais):
         saved = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.setdefault(t.data_ptr(), t), lambda t: t):
             layer(noise(1, 24, 8, 8, 8).requires_grad_())
@@ -131,7 +131,7 @@ def test_no_attention_matrix_is_kept_for_the_way_back(frozen):
 def test_any_window_in_any_grid_is_laid_out_like_monais(axes):
     window_size = tuple(window for window, _ in axes)
     grid_size = tuple(window + more for window, more in axes)
-    fast, plain = both(window_size, grid_size)
+    ours, monais = both(window_size, grid_size)
     tokens = noise(1, 24, *grid_size)
     with torch.no_grad():
-        torch.testing.assert_close(fast(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(tokens), monais(tokens), rtol=1e-5, atol=1e-5)

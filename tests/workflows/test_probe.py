@@ -154,3 +154,4 @@ def test_the_setting_is_chosen_on_every_fourth_training_case_and_the_penalty_is_
     assert (
         fit_best(ridge, (1.0, 2.0), (noise(1, 6, 3), noise(1, 6, 2)), new, accuracy)[1] == 1.0
     )  # too few to choose by
+    assert ridge(0.5, rows=40).alpha == 20

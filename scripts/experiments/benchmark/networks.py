@@ -1,7 +1,5 @@
 """Time, arithmetic and memory of BertsWin, the same in plain eager PyTorch, and MONAI's ViT-MAE of the same size."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

@@ -1,7 +1,5 @@
 """The table and the plots of the networks that were measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

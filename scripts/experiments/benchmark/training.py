@@ -1,7 +1,5 @@
 """How long training waits for data."""
 
-from __future__ import annotations
-
 import signal
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Who takes part in the experiments, and in which ways each may learn; all are of the small size."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

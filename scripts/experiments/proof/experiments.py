@@ -1,7 +1,5 @@
 """The experiments on one dataset."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import statistics

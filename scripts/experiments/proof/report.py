@@ -1,7 +1,5 @@
 """The proof's tables and figures."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The runs that the proof rests on: each done once, continued where it was stopped, and recorded."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
