@@ -26,8 +26,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def reason(error: BaseException) -> str:
     """Put an error into one line: of MONAI's long ones, the last that names an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    *_, error = causes(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "rror:" in line]
     return (telling or lines or [type(error).__name__])[-1]

@@ -44,9 +44,7 @@ def save(content: Any, path: str | Path, keep_previous: bool = False) -> None:
         descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                torch.save(
-                    tree_map(lambda value: value.detach().cpu() if isinstance(value, Tensor) else value, content), file
-                )
+                torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             Path(beside).chmod(0o644)
