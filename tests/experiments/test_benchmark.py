@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, noise, tiny
 
-from scripts.experiments.benchmark.networks import Contestant, networks, plain_form
-from scripts.experiments.benchmark.report import STEP, TITLES
+from scripts.experiments.benchmark.networks import STEP, TITLES, Contestant, networks, plain_form
 from scripts.experiments.benchmark.training import data
 
 
@@ -45,7 +44,7 @@ def test_networks_are_measured_side_by_side(tmp_path, capsys):
     ours, plain = (rows[f"{title}, fp32", STEP] for title in ("BertsWin", "plain eager BertsWin"))
     assert ours["parameters"] == plain["parameters"]
     assert "| 1 of 32³ | training step | BertsWin, fp32 |" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"networks.json", "networks.md", "ratios.png", "scaling.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"networks.json", "networks.md"}
 
 
 def test_a_network_that_is_not_there_is_refused(tmp_path):

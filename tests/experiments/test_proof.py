@@ -146,8 +146,6 @@ def test_what_was_reached_is_compared_with_the_peer_in_epochs_steps_and_time(tmp
     assert "epochs_to_goal" not in rows["bertswin_tenth"]
     table = (tmp_path / "convergence.md").read_text()
     assert "| BertsWin, a tenth of the epochs, batch 1 |" + 7 * " never |" in table
-    assert "| masked MSE | 0.2000 (after 5 epochs) | 0.1200 (after 10 epochs) |" in table
-    assert "| BertsWin, default stem | 1 | 2 |" in table
     assert (tmp_path / "convergence.png").stat().st_size > 5000
 
 

@@ -4,7 +4,7 @@
     python -m scripts.experiments.benchmark data --dataset_dir DIR --output_dir OUT
 
 The contestants take turns, round after round, so that a noisy machine is as unkind to one as to the other. Both
-commands print a table and leave it in `output_dir`, with the figures as JSON and plots.
+commands print a table and leave it in `output_dir`, with the figures as JSON.
 """
 
 from ...mistakes import command

@@ -31,11 +31,12 @@ from ...mistakes import Mistake
 from ...networks import BertsWinMAE, ConvDecoder, patchify
 from ...parallel import shows_progress
 from ..peers import ViTMAE
-from ..reporting import write_report
-from .report import FEATURES, PATCH_FEATURES, STEP, TITLES, networks_table, plot_ratios, plot_scaling
+from ..reporting import markdown_table, write_report
 
 __all__ = ["Contestant", "machine", "networks", "plain_form"]
 
+TASKS = STEP, PATCH_FEATURES, FEATURES = "training step", "features, patches", "features, volume"
+TITLES = {"bertswin": "BertsWin", "plain": "plain eager BertsWin", "vit_mae": "MONAI ViT-MAE"}
 # Patch, width, blocks, heads, window and the decoder's width.
 NETWORKS = {"base": (16, 768, 12, 12, 7, 512), "small": (8, 192, 6, 6, 3, 256), "tiny": (8, 48, 2, 4, 2, 32)}
 MATRIX_SIDE = 4096  # of the products that the machine's rate is measured with
@@ -51,7 +52,7 @@ class Contestant:
     checkpointing: bool = False  # with activation checkpointing
 
     def __str__(self) -> str:
-        """Name it in tables and plots."""
+        """Name it in the table."""
         return f"{TITLES[self.form]}, {self.precision}{', checkpointing' if self.checkpointing else ''}"
 
     def prepare(self, network: str, volume: Tensor) -> tuple[nn.Module, dict[str, Callable[[], Any]]]:
@@ -129,7 +130,7 @@ def networks(
         precision: what to compare float32 with: ``bf16``, ``fp16``, ``fp32`` (nothing else), or ``auto``.
         device: ``cpu`` or ``cuda``.
         repeats: rounds, after one that is not counted.
-        output_dir: for ``networks.json``, ``networks.md`` and the plots.
+        output_dir: for ``networks.json`` and ``networks.md``.
 
     Raises:
         Mistake: for a network or a size that is not there.
@@ -144,9 +145,7 @@ def networks(
     for side, batch_size in product(ensure_tuple(img_sizes), ensure_tuple(batch_sizes)):
         rows += _measure(network, (batch_size, 1, side, side, side), torch.device(device), contestants, repeats)
         report = {"machine": machine(device), "network": network, "repeats": repeats, "rows": rows}
-        write_report(folder, "networks", report, networks_table(rows))  # what is there by now
-        plot_ratios(rows, folder / "ratios.png")
-        plot_scaling(rows, folder / "scaling.png")
+        write_report(folder, "networks", report, _table(rows))  # what is there by now
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -290,3 +289,26 @@ def _resident(field: str) -> int | None:
         return None
     line = next(line for line in LINUX_STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Write the lines of a Markdown table."""
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["img_size"], row["batch_size"], TASKS.index(row["task"]))):
+        seconds, fastest, slowest = (_shown(row[name], ".3g") for name in ("seconds", "fastest", "slowest"))
+        cells.append(
+            f"{row['batch_size']} of {row['img_size']}³ | {row['task']} | {row['contestant']} "
+            f"| {row['parameters'] / 1e6:.1f} M | {_shown(row['flops'], '.3g', 1e12)} "
+            f"| {seconds} ({fastest} to {slowest}) | {_shown(row['of_plain_fp32'])} "
+            f"| {_shown(row['of_matrix_rate'], '.0%')} | {_shown(row['peak_bytes'], unit=1e9)} GB "
+            f"| {_shown(row['memory_of_plain_fp32'])}"
+        )
+    head = (
+        "size | task | contestant | parameters | TFLOP | seconds (fastest to slowest) | time of plain fp32 "
+        "| of matrix rate | peak memory | memory of plain fp32"
+    )
+    return markdown_table(head, cells)
+
+
+def _shown(value: float | None, form: str = ".2f", unit: float = 1) -> str:
+    return "-" if value is None else format(value / unit, form)

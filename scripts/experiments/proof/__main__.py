@@ -2,7 +2,7 @@
 
     python -m scripts.experiments.proof convergence --dataset_dir Task04_Hippocampus --output_dir runs/proof
 
-and in its place `segmentation`, `tuning`, `probing`, or `weights`, which publishes the encoder that was made.
+and in its place `segmentation`, `tuning` or `probing`.
 Each run is a `python -m monai.bundle run` of its own, in a folder of `output_dir`. What is there already is not run
 again, and what was interrupted goes on, so a command can be stopped and repeated.
 """

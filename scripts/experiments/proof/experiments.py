@@ -1,6 +1,5 @@
 """The experiments on one dataset."""
 
-import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +14,11 @@ from monai.utils import ensure_tuple
 from ...data.cases import Case, case_seed, find_cases, split_cases
 from ...mistakes import Mistake
 from ...networks import bertswin_mae_small_patch8_48x64x48
-from ...release import sha256
-from ...weights import encoder_part, load, save
+from ...weights import save
 from ..benchmark.training import time_training
 from .contestants import FINETUNING, FINETUNING_RATES, PRETRAININGS, PROBED, RATES, SEGMENTATIONS, TUNED_EPOCHS
 from .report import report_convergence, report_probes, report_scores
-from .runs import ROOT, Run, execute, last_metrics
+from .runs import Run, execute, last_metrics
 
 __all__ = ["Proof"]
 
@@ -127,31 +125,6 @@ class Proof:
         probes = {key: json.loads((run.folder / "probe.json").read_text()) for key, run in runs.items()}
         report_probes(self.folder, probes)
 
-    def weights(self) -> None:
-        """Put the tuned encoder into ``models/model.pt``, and where it comes from into ``configs/metadata.json``."""
-        encoders, model = self._encoders(), ROOT / "models" / "model.pt"
-        save(encoder_part(load(encoders["bertswin_strict"])), model)
-        names = sorted(case["case"] for case in self.folds["training"])
-        about = {
-            "sha256": sha256(model),
-            "data": f"{len(names)} training volumes of {Path(self.dataset_dir).resolve().name}, no labels",
-            "split": {
-                "cases": len(names) + len(self.folds["validation"]),
-                "training": len(names),
-                "sha256_of_training_cases": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-                "how": "scripts.data.split_cases with val_fraction 0.2; the hash is of the sorted names of the "
-                "training cases, such as imagesTr/hippocampus_001, joined by newlines",
-            },
-            "recipe": "plain L2 and AdamW at the rate that predicts a held-out fifth of the training volumes best",
-            "epoch": "the last one: no validation volume has chosen anything",
-            "pre-training": _account(encoders["untuned"].parent, "val_mse", 10),
-            "stem tuning": _account(encoders["bertswin_strict"].parent, "val_feature_cosine", 1),
-        }
-        metadata_file = ROOT / "configs" / "metadata.json"
-        metadata = json.loads(metadata_file.read_text()) | {"weights": {"models/model.pt": about}}
-        metadata_file.write_text(json.dumps(metadata, indent=4) + "\n")
-        print(f"wrote {model} ({model.stat().st_size / 2**20:.1f} MB) and {metadata_file}")
-
     def _selection(self, names: Iterable[str]) -> dict[tuple[str, float], float]:
         """Train at every rate on a part of the training volumes, and score on the rest of them."""
         candidates = {}
@@ -252,18 +225,6 @@ def _best(scores: Mapping[Way, Sequence[float]], name: str) -> Way:
     """Choose a contestant's way: of those that went furthest, the best on average."""
     ways = [way for way in scores if way[0] == name]
     return max(ways, key=lambda way: (len(scores[way]), statistics.mean(scores[way]), way))
-
-
-def _account(folder: Path, metric: str, interval: int) -> dict[str, Any]:
-    """Tell how a run went, with a metric of it every so many epochs."""
-    run = Run(folder, "", {})
-    about, records = run.record(), run.metrics()
-    knobs = {key: value for key, value in about["knobs"].items() if key not in ("dataset_dir", "pretrained")}
-    curve = {str(r["epoch"]): round(r[metric], 4) for r in records if r["epoch"] % interval == 0}
-    last = {key: round(value, 4) for key, value in records[-1].items() if key == "epoch" or key.startswith("val_")}
-    account = {"code_version": about["code_version"], "configs": about["configs"], "knobs": knobs}
-    account |= {"seed": knobs.get("seed", 0), "iterations": records[-1]["iteration"]}
-    return account | {"curve": {metric: curve}, "last": last}
 
 
 def _linked(dataset: Path, folder: Path) -> str:

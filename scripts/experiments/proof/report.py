@@ -53,8 +53,6 @@ def report_convergence(
             "| share of its epochs until its best | of its time until then",
             (" | ".join([PRETRAININGS[name].title, *cells]) for name, cells in zip(curves, to_goal, strict=True)),
         ),
-        "\nEpochs to what the ViT-MAE has reached along the way:\n",
-        *_milestones(curves),
         "\nMasked MSE on the held-out training volumes after the shorter trainings, by learning rate:\n",
         *_by_rate({(PRETRAININGS[name].title, rate): [score] for (name, rate), score in selection.items()}),
     ]
@@ -134,21 +132,6 @@ def _progress(name: str, curves: Curves, seconds: Mapping[str, float]) -> dict[s
             row[f"share_of_steps{title}"] = reached["iteration"] / end["iteration"]
             row[f"share_of_seconds{title}"] = share * seconds[name] / seconds["vit_mae"]
     return row
-
-
-def _milestones(curves: Curves) -> list[str]:
-    """Compare in how many epochs each comes to the ViT-MAE's best of its first tenth, fifth, half, and all."""
-    peer = curves["vit_mae"]
-    parts = [[r for r in peer if r["epoch"] <= share * peer[-1]["epoch"]] for share in (0.1, 0.2, 0.5, 1)]
-    levels = {part[-1]["epoch"]: _best_epoch(part)["val_mse"] for part in parts if part}
-    reached = (
-        [next((str(r["epoch"]) for r in curve if r["val_mse"] <= level), "never") for level in levels.values()]
-        for curve in curves.values()
-    )
-    return markdown_table(
-        " | ".join(["masked MSE", *(f"{level:.4f} (after {epoch} epochs)" for epoch, level in levels.items())]),
-        (" | ".join([PRETRAININGS[name].title, *epochs]) for name, epochs in zip(curves, reached, strict=True)),
-    )
 
 
 def _by_rate(selection: Mapping[tuple[str, float], Sequence[float]]) -> list[str]:
