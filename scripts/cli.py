@@ -38,7 +38,7 @@ RECIPES = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "modality": ("ct", "mr"),
     "field_of_view": ("none", "scanner", "foreground"),
-    "cache": ("memory", "disk", "none"),
+    "cache": ("auto", "memory", "disk", "none"),
     "flip_axes": (0, 1, 2),
     "precision": ("auto", "bf16", "fp16", "fp32"),
     "parallel": ("ddp", "fsdp", "none"),

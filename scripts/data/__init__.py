@@ -1,7 +1,10 @@
-"""From a folder of scans to draws: cases, checks, caches."""
+"""From a folder of scans to draws: cases, what is known of them, checks, caches."""
 
 from .caches import *
 from .cases import *
 from .checks import *
+from .describing import *
 from .draws import *
+from .index import *
+from .reading import *
 from .sample import *

@@ -2,23 +2,29 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 from monai.data import CacheDataset, Dataset, PersistentDataset, pickle_hashing
 from monai.transforms import Compose
 from monai.utils import convert_to_tensor
 
-from .. import parallel
+from .. import machine, parallel
 from ..mistakes import Mistake, reason
 from ..weights import checkpoints
+from .checks import resampled_shape
 
-__all__ = ["DiskCacheDataset", "ForgivingDataset", "build_dataset"]
+__all__ = ["DiskCacheDataset", "ForgivingDataset", "build_dataset", "choose_cache"]
+__all__ += ["prepared_bytes"]
 
 logger = logging.getLogger(__name__)
+
+LARGEST_GROWTH = 8  # times the voxels of the files that resampling may make of them: half of the spacing
 
 
 class ForgivingDataset(Dataset):
@@ -45,6 +51,55 @@ class DiskCacheDataset(PersistentDataset):
         prepared = convert_to_tensor(prepared, convert_numeric=False, track_meta=self.track_meta)
         checkpoints.save(prepared, path)  # beside its place, then renamed: nobody reads half a file
         return prepared
+
+
+def choose_cache(
+    cache: str,
+    facts: Sequence[Mapping[str, Any]],
+    spacing: Sequence[float] | None,
+    img_size: Sequence[int],
+    cache_dir: str | Path,
+) -> str:
+    """Choose where prepared volumes are kept, if ``cache`` is ``auto``: in memory, else on disk, where they fit.
+
+    They may take half of the memory that is free, and nine tenths of the disk.
+
+    Args:
+        cache: ``auto``, or what the user chose, which is returned.
+        facts: of the volumes, from :func:`~bertswin_mae.data.describe_volume`.
+        spacing: mm that they are resampled to, or None.
+        img_size: voxels that they are padded to, at least.
+        cache_dir: the folder on the disk.
+
+    Raises:
+        Mistake: when they fit neither, or would only fit the disk as they are made many times larger.
+    """
+    if cache != "auto":
+        return cache
+    prepared = sum(prepared_bytes(one, spacing, img_size) for one in facts)
+    stored = sum(prepared_bytes(one, None, (1, 1, 1)) for one in facts)
+    memory, folder = machine.free_memory(), Path(cache_dir).absolute()
+    disk = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
+    needed = f"the {len(facts)} prepared volumes take {prepared / 1e9:.3g} GB"
+    if prepared <= memory / 2:
+        logger.info("%s of %.3g GB of free memory: they are kept there", needed, memory / 1e9)
+        return "memory"
+    if prepared <= 0.9 * disk and prepared <= LARGEST_GROWTH * stored:
+        logger.info("%s, too much for %.3g GB of free memory: they are kept in %s", needed, memory / 1e9, folder)
+        return "disk"
+    grown = f", {prepared / stored:.0f} times what the files hold" if prepared > 2 * stored else ""
+    where = f"at a spacing of {list(spacing)} mm" if spacing else "at their own spacing"
+    raise Mistake(
+        f"{needed} {where}{grown}; {memory / 1e9:.3g} GB of memory and {disk / 1e9:.3g} GB of disk are free. Let the "
+        "settings be planned by `python -m monai.bundle run plan --config_file configs/train.yaml --dataset_dir DIR`, "
+        "or choose --spacing, or --cache none"
+    )
+
+
+def prepared_bytes(facts: Mapping[str, Any], spacing: Sequence[float] | None, img_size: Sequence[int]) -> int:
+    """Tell how many bytes a volume takes at most once it is prepared, float32."""
+    shape = np.maximum(resampled_shape(facts, spacing), img_size)
+    return int(4 * facts["shape"][0] * shape.prod())
 
 
 def build_dataset(

@@ -14,7 +14,8 @@ from monai.data import load_decathlon_datalist
 
 from .. import parallel
 from ..mistakes import Mistake
-from .checks import Case, check_cases, check_labels
+from .checks import check_cases, check_labels
+from .describing import Case
 
 __all__ = ["case_seed", "find_cases", "labelled", "labelled_folds", "list_cases", "prepare_cases", "split_cases"]
 

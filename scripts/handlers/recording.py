@@ -87,7 +87,7 @@ class MetricsRecorder:
             for name, value in record.items()
             if name.startswith(("train_", "val_")) and value is not None and name in (self.logged or record)
         )
-        logger.info("epoch %d/%d  %s  %.1f s", state.epoch, state.max_epochs, figures, record["seconds"])
+        logger.info("epoch %d/%d  %s  %.4g s", state.epoch, state.max_epochs, figures, record["seconds"])
 
     def _refuse_non_finite(self, state: State) -> None:
         name = self.validator.state.key_metric_name

@@ -2,5 +2,5 @@
 
 from .field_of_view import *
 from .hounsfield import *
+from .loading import *
 from .spatial import *
-from .usability import *

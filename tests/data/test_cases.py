@@ -3,10 +3,10 @@
 import gzip
 import json
 
-import itk
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from conftest import write_volume
 
 from scripts.data import check_cases, find_cases, prepare_cases, split_cases, volume_problem
@@ -18,7 +18,7 @@ def names(cases):
 
 def write_itk(path, shape=(12, 11, 10)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    itk.imwrite(itk.image_from_array(np.random.default_rng(0).random(shape, dtype=np.float32)), str(path))
+    sitk.WriteImage(sitk.GetImageFromArray(np.random.default_rng(0).random(shape, dtype=np.float32)), str(path))
     return path
 
 

@@ -1,0 +1,125 @@
+"""What is known of each volume of a cohort: read once, remembered beside the run, brought up to date at every start."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import ignite.distributed as idist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .. import machine, parallel
+from .describing import Case, describe_volume
+from .dicom import is_dicom
+
+__all__ = ["Index", "case_files", "fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of what is known of a volume; another one is read again
+
+
+class Index:
+    """What :func:`~bertswin_mae.data.describe_volume` says of volumes, kept in a file with a line of JSON for each.
+
+    A volume is read again when its files change (path, size or time). Lines are written as volumes are read, so that a
+    pass that is killed goes on where it was. Several ranks write a file each, and know what all have read.
+
+    Args:
+        path: of the file; None: nothing is remembered.
+        pretrained: weights in the ``checkpoints`` of another run, whose file is looked up too.
+        num_workers: processes that read.
+    """
+
+    def __init__(self, path: str | Path | None, pretrained: str | Path | None = None, num_workers: int = 0) -> None:
+        self.path, self.num_workers = None if path is None else Path(path), num_workers
+        files = [] if pretrained is None else [Path(pretrained).absolute().parents[1] / "index.jsonl"]
+        self.lines: dict[str, dict[str, Any]] = {}
+        for file in (*files, *([] if self.path is None else [self.path])):
+            for part in sorted(file.parent.glob(f"{file.stem}*{file.suffix}")):
+                self.lines |= _read_lines(part)
+
+    def describe(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        """Tell what is known of each case, after what is new or changed was read; the ranks share that work."""
+        keys = [fingerprint(case_files(case)) for case in cases]
+        unknown = {key: case for key, case in zip(keys, cases, strict=True) if key not in self.lines}
+        if unknown:
+            logger.info("reading %d of %d volumes, the others are known", len(unknown), len(cases))
+        rank, ranks = idist.get_rank(), idist.get_world_size()
+        found = self._read([*unknown.items()][rank::ranks])
+        for part in idist.all_gather(found) if ranks > 1 else [found]:
+            self.lines |= part
+        return [self.lines[key] for key in keys]
+
+    def _read(self, cases: Sequence[tuple[str, Case]]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        if not cases:
+            return found
+        rank = idist.get_rank()
+        path = self.path if self.path is None or rank == 0 else self.path.with_stem(f"{self.path.stem}.{rank}")
+        workers = min(self.num_workers, machine.cores(), len(cases) // 8)  # a process costs as much as some volumes
+        loader = DataLoader(
+            _Described(cases), batch_size=None, num_workers=workers, prefetch_factor=16 if workers else None
+        )
+        bar = tqdm(loader, "reading", unit="volume", leave=False, disable=not parallel.shows_progress())
+        with _lines_behind(path) as file:
+            for (key, case), line in zip(cases, bar, strict=True):
+                found[key] = line
+                file.write(json.dumps({"case": case["case"], "key": key, **line}) + "\n")
+        return found
+
+
+class _Described(Dataset):
+    def __init__(self, cases: Sequence[tuple[str, Case]]) -> None:
+        self.cases = cases
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return describe_volume(self.cases[place][1])
+
+
+def case_files(case: Case, keys: Iterable[str] = ("image",)) -> list[Path]:
+    """List the files of a case, of one or more of its keys; a folder of DICOM stands for the files in it."""
+    files = []
+    for key in keys:
+        paths = case.get(key) or []
+        for path in map(Path, paths if isinstance(paths, list | tuple) else [paths]):
+            files += sorted(filter(is_dicom, path.iterdir())) if path.is_dir() else [path]
+    return files
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Name a state of files, by their paths, sizes and times of change."""
+    states = []
+    for path in files:
+        about = path.stat() if path.exists() else None
+        states.append((str(path.absolute()), about and (about.st_size, about.st_mtime_ns)))
+    return hashlib.sha256(json.dumps([VERSION, states]).encode()).hexdigest()[:32]
+
+
+def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    lines = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            about = json.loads(line)
+            lines[about.pop("key")] = about
+        except (json.JSONDecodeError, KeyError):  # noqa: PERF203 (empty, or cut off when its run was killed)
+            continue
+    return lines
+
+
+def _lines_behind(path: Path | None) -> TextIO:
+    """Open a file to write lines behind those that are there, of which the last may be cut off."""
+    if path is None:
+        return Path(os.devnull).open("w")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8", buffering=1)
+    if file.tell():
+        file.write("\n")
+    return file

@@ -1,0 +1,147 @@
+"""What to choose for a cohort and a machine, with the reason of each choice."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import machine
+from ...data import choose_cache, geometry_in_ras, prepared_bytes, resampled_shape
+from ...mistakes import Mistake
+from .cohort import Cohort, Facts
+
+__all__ = ["SIZES", "Settings", "about_network", "about_schedule", "about_volumes", "grid_of", "spacing_of"]
+
+Settings = dict[str, tuple[Any, str]]  # by knob: its value, and why
+
+# Sides of a grid of tokens, and windows that divide them: two or more of three tokens, or the whole axis.
+WINDOWS = {4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 9: 3, 10: 5, 12: 4, 14: 7}
+COVERAGE = 3  # a crop shows at least this part of a volume's side, else patches have nothing to be told from
+HOMOGENEOUS = 0.02  # share that spacings may differ by, and still be one
+ANISOTROPIC = 3.0  # ratio of sides from which on the coarse one is taken from the finer volumes (nnU-Net's rule)
+DRAWS = 9600  # of a pre-training on few volumes: that of the quick start
+DRAWS_OF_EACH = 60  # volume, on many
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network's size, and what goes with it."""
+
+    patch_size: int
+    width: int
+    blocks: int
+    heads: int
+    decoder: int
+    tokens: int  # at once, at most
+    learning_rate: float
+    batch_size: int  # to try first
+
+
+SIZES = {
+    "small": Size(8, 192, 6, 6, 256, 512, 0.001, 4),
+    "medium": Size(8, 384, 8, 6, 384, 1000, 0.0005, 16),
+    "base": Size(16, 768, 12, 12, 512, 2744, 0.00015, 16),
+}
+
+
+def about_volumes(cohort: Cohort) -> Settings:
+    """Choose what follows from the volumes' kind."""
+    settings: Settings = {"modality": (cohort.modality, "by the headers and values of all volumes")}
+    unusable = len(cohort.problems) - cohort.problems.count(None)
+    if cohort.channels > 1:
+        settings["in_chans"] = (cohort.channels, "channels that most volumes have")
+    if unusable:
+        settings["skip_invalid"] = (True, f"{unusable} volumes cannot be used: they are listed above the plan's costs")
+    return settings
+
+
+def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
+    """Choose spacing, crop, network and where prepared volumes are kept; ``folder`` is where a cache could be."""
+    facts, num_training = cohort.facts, len(cohort.folds["training"])
+    on_gpu = torch.device(device).type == "cuda"
+    name = "small" if not on_gpu else "medium" if num_training < 500 else "base"
+    size = SIZES[name]
+    spacing, why = spacing_of(facts)
+    while True:
+        shape = np.median([resampled_shape(one, spacing) for one in facts], axis=0)
+        grid = grid_of(shape, size.patch_size, size.tokens)
+        crop = [side * size.patch_size for side in grid]
+        own = spacing or np.median([geometry_in_ras(one)[1] for one in facts], axis=0).tolist()
+        if (factor := float((shape / crop).max()) / COVERAGE) > 1.01:
+            reason_ = f"coarser, so that a crop of {crop} voxels shows a third of a volume's side"
+        else:
+            try:
+                cache = choose_cache("auto", facts, spacing, crop, folder / "cache")
+                break
+            except Mistake:
+                factor, reason_ = 1.25, "coarser, so that the prepared volumes fit in memory or on the disk"
+        spacing = [float(f"{side * factor:.3g}") for side in own]
+        why = why if reason_ in why else f"{why.removesuffix(': they stay as they are')}; {reason_}"
+    window = [WINDOWS[side] for side in grid]
+    for_device = f"{name}, for {num_training} training volumes on {'a GPU' if on_gpu else 'a CPU'}"
+    prepared = sum(prepared_bytes(one, spacing, crop) for one in facts)
+    workers = min(8, machine.cores() - 1) if on_gpu else max(0, min(2, machine.cores() // 2 - 1))
+    return {
+        "spacing": (spacing, why),
+        "img_size": (crop, f"voxels, of volumes of {' x '.join(f'{side:.0f}' for side in shape)} in the median"),
+        "patch_size": (size.patch_size, f"a grid of {' x '.join(map(str, grid))} tokens; {size.tokens} are the most"),
+        "swin_window_size": (window, "tokens; it divides the grid, so that no window is padded"),
+        "encoder_embed_dim": (size.width, f"the network's size is {for_device}"),
+        "encoder_depth": (size.blocks, "goes with that size"),
+        "encoder_num_heads": (size.heads, "goes with that size"),
+        "decoder_embed_dim": (size.decoder, "goes with that size"),
+        "cache": (cache, f"the prepared volumes take {prepared / 1e9:.2g} GB"),
+        "num_workers": (workers, f"of {machine.cores()} cores"),
+        "precision": ("auto", "bfloat16 where the device has instructions for it"),
+        "learning_rate": (size.learning_rate, "goes with that size"),
+        "affine_prob": (0.2, "a short training learns most from volumes as they are"),
+        "flip_prob": (0.0, "the same"),
+    }
+
+
+def about_schedule(cohort: Cohort, batch: int) -> Settings:
+    """Choose how long to train, with batches of a size."""
+    num_training = len(cohort.folds["training"])
+    draws = max(DRAWS, DRAWS_OF_EACH * num_training)
+    iterations = max(40, math.ceil(num_training / batch))
+    epochs = max(20, min(300, round(draws / (iterations * batch))))
+    passes = iterations * batch / num_training
+    return {
+        "iterations_per_epoch": (iterations, f"{iterations * batch} draws, {passes:.2g} of each training volume"),
+        "max_epochs": (
+            epochs,
+            f"{epochs * iterations * batch} draws; a few volumes need {DRAWS}, many {DRAWS_OF_EACH} of each",
+        ),
+        "warmup_epochs": (max(1, epochs // 20), "a twentieth"),
+        "early_stop_patience": (max(5, epochs // 4), "epochs without a better validation"),
+    }
+
+
+def spacing_of(facts: Sequence[Facts]) -> tuple[list[float] | None, str]:
+    """Choose the spacing in mm that volumes are resampled to, RAS; None where they all have the same already."""
+    sides = np.array([geometry_in_ras(one)[1] for one in facts])
+    usual, ratio = np.median(sides, axis=0), np.median(sides.max(axis=1) / sides.min(axis=1))
+    shown = " x ".join(f"{side:.3g}" for side in usual)
+    if np.abs(sides / usual - 1).max() <= HOMOGENEOUS:
+        return None, f"all volumes have voxels of {shown} mm: they stay as they are"
+    why = f"the median of {len(facts)} volumes"
+    if ratio > ANISOTROPIC:
+        coarse = int(usual.argmax())
+        usual[coarse] = max(np.percentile(sides[:, coarse], 10), *np.delete(usual, coarse))
+        why += f"; axis {coarse} is {ratio:.1f} times coarser, so the finer tenth of them counts for it"
+    return [float(f"{side:.3g}") for side in usual], why
+
+
+def grid_of(shape: Sequence[float], patch_size: int, tokens: int) -> list[int]:
+    """Choose a grid of at most so many tokens that covers volumes of a shape in voxels, as far as it may."""
+    grid = [
+        max(side for side in WINDOWS if side <= max(4, min(14, math.ceil(voxels / patch_size)))) for voxels in shape
+    ]
+    while math.prod(grid) > tokens:
+        longest = max(range(3), key=lambda axis: (grid[axis], axis))
+        grid[longest] = max(side for side in WINDOWS if side < grid[longest])
+    return grid

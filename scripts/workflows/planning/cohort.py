@@ -1,0 +1,76 @@
+"""What lies in a folder: the volumes that can be used, and what they have in common."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data import Case, Index, facts_problem, find_cases, split_cases, without_copies
+from ...mistakes import Mistake
+
+__all__ = ["Cohort", "cohort_modality", "look_at"]
+
+Facts = Mapping[str, Any]  # of describe_volume
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The volumes of a dataset, and what is known of them."""
+
+    cases: list[Case]
+    problems: list[str | None]  # of each of them
+    modality: str
+    channels: int
+    kept: list[Case]  # those that can be used, each volume once
+    facts: list[Facts]  # of each of those
+    folds: dict[str, list[Case]]  # the same, as training divides them
+
+
+def look_at(dataset_dir: str | Path, index: Index, val_fraction: float, **finding: Any) -> Cohort:
+    """Find and describe the volumes of a dataset; arguments as of :func:`plan`."""
+    folds = find_cases(dataset_dir, **finding)
+    cases = [case for fold in folds.values() for case in fold]
+    described = index.describe(cases)
+    modality = cohort_modality(cases, described)
+    channels = Counter(facts["shape"][0] for facts in described if "shape" in facts).most_common(1)[0][0]
+    problems = [facts_problem(facts, modality, channels) for facts in described]
+    usable = [(case, facts) for case, facts, problem in zip(cases, described, problems, strict=True) if not problem]
+    if not usable:
+        raise Mistake(f"none of the {len(cases)} volumes can be used, the first one, {cases[0]['case']}: {problems[0]}")
+    kept = without_copies(*zip(*usable, strict=True))
+    names = {case["case"] for case in kept}
+    folds = {fold: [case for case in its if case["case"] in names] for fold, its in folds.items()}
+    folds = folds if "validation" in folds else split_cases(folds["training"], val_fraction)
+    facts = [facts for case, facts in usable if case["case"] in names]
+    return Cohort(cases, problems, modality, channels, kept, facts, folds)
+
+
+def cohort_modality(cases: Sequence[Case], described: Sequence[Facts]) -> str:
+    """Tell whether all volumes are ``ct`` or ``mr``, by DICOM headers where there are any, else by their values.
+
+    Raises:
+        Mistake: when there are both, with names of each; or when no volume can be read.
+    """
+    found: dict[str, list[str]] = {"ct": [], "mr": []}
+    for case, facts in zip(cases, described, strict=True):
+        if "channels" in facts and not any(channel["not_finite"] for channel in facts["channels"]):
+            by_values = (
+                "ct"
+                if facts["channels"][0]["lowest"] <= -200 and not facts_problem(facts, "ct", facts["shape"][0])
+                else "mr"
+            )
+            by_header = str(case.get("modality", "")).lower()
+            found[by_header if by_header in found else by_values].append(case["case"])
+    if not found["ct"] and not found["mr"]:
+        problems = "".join(
+            f"\n  {case['case']}: {facts.get('problem')}" for case, facts in zip(cases[:5], described, strict=False)
+        )
+        raise Mistake(f"none of the {len(cases)} volumes can be read:{problems}")
+    if found["ct"] and found["mr"]:
+        lists = " and ".join(
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for kind, names in found.items()
+        )
+        raise Mistake(f"the volumes are {lists}: one network learns one of them, so give each a folder or a datalist")
+    return "ct" if found["ct"] else "mr"

@@ -1,0 +1,91 @@
+"""A short training in a process of its own, to see what the real one takes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...data import Case
+from ...mistakes import Mistake
+from ...weights import bundle_root
+
+__all__ = ["Trial", "places", "try_training"]
+
+ITERATIONS, EPOCHS = 8, 3  # the last epoch alone is validated
+TRAINED, VALIDATED = 8, 2  # volumes
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
+KILLED = (-9, 137)  # by the system, when memory runs out
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a short training took."""
+
+    seconds_per_iteration: float
+    seconds_per_validation: float  # of a volume
+    memory: int  # bytes of the process, at most
+    device_memory: int | None  # bytes of the GPU
+
+
+def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | None:
+    """Train on a few of the volumes by ``train.yaml`` and an overlay; None when that does not fit into memory.
+
+    Raises:
+        Mistake: when the training ends for another reason.
+    """
+    chosen = [cases[place] for place in places(len(cases))]
+    held_out = max(1, min(VALIDATED, len(chosen) - 1))
+    with tempfile.TemporaryDirectory(prefix="plan_") as folder:
+        datalist = Path(folder, "cases.json")
+        items = [{"image": case["image"]} for case in chosen]
+        datalist.write_text(json.dumps({"training": items[held_out:], "validation": items[:held_out]}))
+        configs = [str(bundle_root() / "configs" / "train.yaml"), str(overlay)]
+        knobs = {"dataset_dir": datalist, "output_dir": Path(folder, "run"), "max_epochs": EPOCHS}
+        knobs |= {"iterations_per_epoch": ITERATIONS, "val_interval": EPOCHS, "num_figure_volumes": 0}
+        knobs |= {"warmup_epochs": 1, "device": device}
+        command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
+        command += [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+        output, code, memory, device_memory = _run(command, Path(folder), device)
+    if code in KILLED or (code and any(sign in output for sign in OUT_OF_MEMORY)):
+        return None
+    seconds = [float(value) for value in re.findall(rf"epoch \d/{EPOCHS}  .*  ([\d.]+) s$", output, re.MULTILINE)]
+    if code or len(seconds) < EPOCHS:
+        raise Mistake(f"the training that was tried ended with status {code}:\n{output[-2000:]}")
+    validation = max(0.0, seconds[2] - seconds[1]) / held_out
+    return Trial(seconds[1] / ITERATIONS, validation, memory, device_memory)
+
+
+def places(number: int) -> list[int]:
+    """Tell which of so many cases are tried: some at even distances."""
+    return np.linspace(0, number - 1, min(number, TRAINED + VALIDATED)).round().astype(int).tolist()
+
+
+def _run(command: list[str], folder: Path, device: str) -> tuple[str, int, int, int | None]:
+    """Run a command; return what it printed, its status, and the memory that it and the GPU held at most, in bytes."""
+    on_gpu, ended, free = torch.device(device).type == "cuda", threading.Event(), []
+
+    def watch() -> None:
+        while on_gpu and not ended.wait(0.2):
+            free.append(torch.cuda.mem_get_info(device)[0])
+
+    before = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder)  # noqa: S603
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    ended.set()
+    watcher.join()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return log.read_text(), process.returncode, usage.ru_maxrss * unit, before - min(free) if free else None
