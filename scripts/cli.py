@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
@@ -23,7 +23,9 @@ from .handlers import TRAINING_STATE, end_when_preempted
 from .mistakes import Mistake, causes, reason
 from .weights import bundle_root
 
-__all__ = ["check_knobs", "check_run", "show_mistakes"]
+__all__ = ["check_knobs", "check_run", "check_workflow", "show_mistakes"]
+
+T = TypeVar("T")
 
 # The configs of each recipe. Their top-level names are the knobs, the types of their plain values the valid types.
 RECIPES = {
@@ -80,7 +82,9 @@ def check_knobs() -> None:
             value of another type; for one that is not among the choices, or out of range.
     """
     show_mistakes()
-    parser = _calling_parser()
+    parser = _caller(ConfigParser)
+    if parser is None:
+        raise RuntimeError("check_knobs works inside a MONAI bundle config only")
     _fit_tracking(parser)
     folder = bundle_root() / "configs"
     files = [str(folder / name) for name in RECIPES.get(parser.get("recipe", "inference"), RECIPES["pretraining"])]
@@ -98,6 +102,24 @@ def check_knobs() -> None:
         elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, folder):
             near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
             raise Mistake(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {files[-1]}")
+
+
+def check_workflow() -> None:
+    """Refuse to run what is no workflow, such as another section of the config: when MONAI initialises a run.
+
+    A workflow is a list whose first step is :func:`check_knobs`.
+
+    Raises:
+        Mistake: for another run id, with the workflows that there are.
+    """
+    show_mistakes()
+    workflow = _caller(ConfigWorkflow)
+    if workflow is None:  # an application reads the config, and runs nothing
+        return
+    names = [name for name, steps in workflow.parser.get().items() if _is_workflow(steps)]
+    if workflow.run_id not in names:
+        others = ", ".join(name for name in names if name != "run")
+        raise Mistake(f"there is no workflow called {workflow.run_id} in these configs: run one of {others}")
 
 
 def check_run(device: str | torch.device, folders: Sequence[str | Path], resume: bool | None = None) -> None:
@@ -164,14 +186,19 @@ def _is_for_this_rank_to_say() -> bool:
     return signal.sigtimedwait({signal.SIGTERM}, SECONDS_FOR_THE_FIRST_RANK) is None
 
 
-def _calling_parser() -> ConfigParser:
-    """Find the parser whose config is being resolved: its components are not handed it."""
+def _caller(kind: type[T]) -> T | None:
+    """Find the parser or workflow whose config is being resolved: its components are not handed it."""
     frame = inspect.currentframe()
     while frame is not None:
-        if isinstance(parser := frame.f_locals.get("self"), ConfigParser):
-            return parser
+        if isinstance(caller := frame.f_locals.get("self"), kind):
+            return caller
         frame = frame.f_back
-    raise RuntimeError("check_knobs works inside a MONAI bundle config only")
+    return None
+
+
+def _is_workflow(steps: Any) -> bool:
+    first = steps[0] if isinstance(steps, list) and steps else None
+    return isinstance(first, dict) and str(first.get("_target_")).endswith(f".{check_knobs.__name__}")
 
 
 def _fit_tracking(parser: ConfigParser) -> None:
