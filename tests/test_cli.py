@@ -27,7 +27,7 @@ def test_the_workflows_of_a_config_can_be_run_and_nothing_else(stack):
     configs, workflows = STACKS[stack]
     for run_id in (*workflows, "run"):
         assert initialised(run_id, *configs).parser[run_id]
-    sections = {name for name in ConfigParser.load_config_files([str(ROOT / "configs" / name) for name in configs])}
+    sections = ConfigParser.load_config_files([str(ROOT / "configs" / name) for name in configs])
     others = {name for name in sections if "::" not in name and not name.startswith("+")} - {*workflows, "run"}
     assert {"network", "device", "imports", "initialize"} <= others
     for run_id in (*others, "data", "predict", "train::trainer", "training::0"):
