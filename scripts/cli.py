@@ -41,6 +41,7 @@ TRACKING_KNOBS = {
 }
 SECONDS_FOR_THE_FIRST_RANK = 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a quota
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def check_knobs() -> None:
@@ -108,7 +109,7 @@ def check_run(device: str | torch.device, folders: Sequence[str | Path], resume:
             raise Mistake(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise Mistake(f"{folder} cannot be written to ({there} is no folder, or not yours): choose another one")
+            raise Mistake(f"{folder} cannot be written to ({there} is no folder, or read-only): choose another one")
         if resume is False and (state := folder / TRAINING_STATE).exists():
             raise Mistake(
                 f"{state} is left from an earlier run: continue it with --resume true, or choose another --output_dir"
@@ -138,6 +139,11 @@ def _message(error: BaseException) -> str | None:
             return (
                 f"error: {cause.filename or 'a file of this run'} cannot be written: {cause.strerror}. What was there "
                 "before is as it was: make room, and continue with --resume true"
+            )
+        if isinstance(cause, OSError) and cause.errno in FORBIDDEN:
+            return (
+                f"error: {cause.filename or 'a file of this run'} cannot be used: {cause.strerror}. Make it yours, or "
+                "choose another folder: --output_dir for what a run writes, --dataset_dir in place of the sample"
             )
     mistakes = (str(cause) for cause in causes(error) if isinstance(cause, Mistake))
     # A worker of the data loader hands its traceback on as text, the message at its end.

@@ -1,7 +1,7 @@
 """Promises of the command line: what can be run, what is refused, in one line."""
 
 import pytest
-from conftest import ROOT, bundle
+from conftest import ROOT, bundle, train
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.mistakes import Mistake
@@ -50,6 +50,30 @@ def test_an_overlay_may_bring_a_workflow(tmp_path):
     overlay.write_text("plan:\n  - _target_: scripts.cli.check_knobs\n  - $print(@max_epochs)\nalso: '%training'\n")
     for run_id in ("plan", "also"):
         initialised(run_id, "train.yaml", str(overlay))
+
+
+# Where nobody may make a folder, not even root.
+READ_ONLY = "/sys/bertswin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs",
+    [{"sample::folder": f"{READ_ONLY}/brains"}, {"output_dir": READ_ONLY}, {"cache": "disk", "cache_dir": READ_ONLY},
+     {"ckpt_dir": f"{READ_ONLY}/checkpoints"}],
+    ids=["sample", "output", "cache", "checkpoints"],
+)  # fmt: skip
+def test_a_folder_that_is_read_only_is_named_in_one_line(knobs, tmp_path, cohort):
+    if "sample::folder" in knobs:
+        pytest.importorskip("nilearn", reason="the sample extra is not installed")
+    else:
+        knobs = {"dataset_dir": cohort, **knobs}
+    result = train(**{"output_dir": tmp_path / "out", "num_workers": 0, **knobs})
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert READ_ONLY in line
+    assert "choose another" in line
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
