@@ -1,6 +1,5 @@
 """What makes ``python -m monai.bundle run`` kind: knobs are checked, mistakes end without a traceback."""
 
-import difflib
 import errno
 import inspect
 import os
@@ -9,21 +8,23 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
 from .handlers import TRAINING_STATE, end_when_preempted
-from .mistakes import Mistake, causes, reason
+from .knobs import is_expression, is_knob, read
+from .mistakes import Mistake, causes, likely, reason
 from .weights import bundle_root
 
-__all__ = ["check_knobs", "check_run", "show_mistakes"]
+__all__ = ["check_knobs", "check_run", "check_workflow", "show_mistakes"]
+
+T = TypeVar("T")
 
 # The configs of each recipe. Their top-level names are the knobs, the types of their plain values the valid types.
 RECIPES = {
@@ -34,70 +35,58 @@ RECIPES = {
     "segmentation": ("train.yaml", "finetune_segmentation.yaml"),
     "probe": ("train.yaml", "probe.yaml"),
 }
-# What a knob may be, or the entries of its list.
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "modality": ("ct", "mr"),
-    "field_of_view": ("none", "scanner", "foreground"),
-    "cache": ("auto", "memory", "disk", "none"),
-    "flip_axes": (0, 1, 2),
-    "precision": ("auto", "bf16", "fp16", "fp32"),
-    "parallel": ("ddp", "fsdp", "none"),
-    "tasks": ("component", "loss"),
-    "stem": ("keep", "strict"),
-    "objective": ("distillation", "reconstruction", "both"),
-    "target": ("label", "class"),
-    "mode": ("volumetric", "patch"),
-}
-SHARES = ("affine_prob", "flip_prob", "hu_warp_prob", "ct_noise_prob", "intensity_prob")
-FROM_ZERO = ("freeze_epochs", "num_figure_volumes", "num_workers", "seed", "warmup_epochs")
-FROM_ONE = (
-    *("accumulation_steps", "batch_size", "early_stop_patience", "feature_size", "figure_interval", "max_epochs"),
-    *("iterations_per_epoch", "max_voxels", "num_labels", "num_train_cases", "rank_timeout", "val_interval"),
-    *("window_batch",),
-)
-# The smallest and the largest value of a knob.
-RANGES = dict.fromkeys(SHARES, (0, 1)) | dict.fromkeys(FROM_ZERO, (0, inf)) | dict.fromkeys(FROM_ONE, (1, inf))
-# May be null although the config gives them a value.
-OPTIONAL = ("spacing", "iterations_per_epoch", "clip_norm")
-# Lists of numbers that may have any length; all others have that of the config's own.
-FREE_LENGTH = ("flip_axes",)
 # What `--tracking mlflow` adds to a config.
 TRACKING_KNOBS = {
     k for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for k in tool["configs"].keys() - tool["handlers_id"]
 }
 SECONDS_FOR_THE_FIRST_RANK = 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a quota
-TRUTH = {"true": True, "yes": True, "false": False, "no": False}
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def check_knobs() -> None:
     """Check the overrides of a run against the configs of its recipe: the first step of every workflow.
 
-    Booleans may be spelt as in YAML: the command line of MONAI hands ``true`` over as text.
+    What YAML would read as null, true or a number arrives from the command line as text: it is put right.
 
     Raises:
-        Mistake: for a name that neither the configs nor anything in the run knows, with the nearest valid one; for a
-            value of another type; for one that is not among the choices, or out of range.
+        Mistake: for a name that neither the configs nor anything in the run knows; for a value that the knob cannot be.
     """
     show_mistakes()
-    parser = _calling_parser()
+    parser = _caller(ConfigParser)
+    if parser is None:
+        raise RuntimeError("check_knobs works inside a MONAI bundle config only")
     _fit_tracking(parser)
     folder = bundle_root() / "configs"
     files = [str(folder / name) for name in RECIPES.get(parser.get("recipe", "inference"), RECIPES["pretraining"])]
     defaults = ConfigParser.load_config_files(files)
     for name, value in list(parser.get().items()):
-        if name == "_meta_" or name in TRACKING_KNOBS:
-            continue
         if name in defaults:
-            if _is_expression(value) or (value is None and name in OPTIONAL):
-                continue
-            checked = _typed(name, value, defaults[name])
-            _check_value(name, checked)
+            checked = read(name, value, defaults[name])
             if checked is not value:
                 parser[name] = checked
-        elif not _is_referenced(name, parser.get()) and not _is_of_an_overlay(name, value, folder):
-            near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
-            raise Mistake(f"there is no knob called {name}: did you mean {near[0]}? All knobs are in {files[-1]}")
+        elif name != "_meta_" and name not in TRACKING_KNOBS and not _is_known(name, value, parser.get(), folder):
+            names = sorted(name for name, default in defaults.items() if is_knob(name, default))
+            proposal = likely(name, names) or f": the knobs are {', '.join(names)}."
+            raise Mistake(f"there is no knob called {name}{proposal} All knobs are in {files[-1]}")
+
+
+def check_workflow() -> None:
+    """Refuse to run what is no workflow, such as another section of the config.
+
+    A workflow is a list whose first step is :func:`check_knobs`.
+
+    Raises:
+        Mistake: for another run id, with the workflows that there are.
+    """
+    show_mistakes()
+    workflow = _caller(ConfigWorkflow)
+    if workflow is None:  # an application reads the config, and runs nothing
+        return
+    names = [name for name, steps in workflow.parser.get().items() if _is_workflow(steps)]
+    if workflow.run_id not in names:
+        others = ", ".join(name for name in names if name != "run")
+        raise Mistake(f"there is no workflow called {workflow.run_id} in these configs: run one of {others}")
 
 
 def check_run(device: str | torch.device, folders: Sequence[str | Path], resume: bool | None = None) -> None:
@@ -120,7 +109,7 @@ def check_run(device: str | torch.device, folders: Sequence[str | Path], resume:
             raise Mistake(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise Mistake(f"{folder} cannot be written to ({there} is no folder, or not yours): choose another one")
+            raise Mistake(f"{folder} cannot be written to ({there} is no folder, or read-only): choose another one")
         if resume is False and (state := folder / TRAINING_STATE).exists():
             raise Mistake(
                 f"{state} is left from an earlier run: continue it with --resume true, or choose another --output_dir"
@@ -151,6 +140,11 @@ def _message(error: BaseException) -> str | None:
                 f"error: {cause.filename or 'a file of this run'} cannot be written: {cause.strerror}. What was there "
                 "before is as it was: make room, and continue with --resume true"
             )
+        if isinstance(cause, OSError) and cause.errno in FORBIDDEN:
+            return (
+                f"error: {cause.filename or 'a file of this run'} cannot be used: {cause.strerror}. Make it yours, or "
+                "choose another folder: --output_dir for what a run writes, --dataset_dir in place of the sample"
+            )
     mistakes = (str(cause) for cause in causes(error) if isinstance(cause, Mistake))
     # A worker of the data loader hands its traceback on as text, the message at its end.
     return next((f"error: {text.rpartition('Mistake: ')[-1].strip()}" for text in mistakes), None)
@@ -164,20 +158,25 @@ def _is_for_this_rank_to_say() -> bool:
     return signal.sigtimedwait({signal.SIGTERM}, SECONDS_FOR_THE_FIRST_RANK) is None
 
 
-def _calling_parser() -> ConfigParser:
-    """Find the parser whose config is being resolved: its components are not handed it."""
+def _caller(kind: type[T]) -> T | None:
+    """Find the parser or workflow whose config is being resolved: its components are not handed it."""
     frame = inspect.currentframe()
     while frame is not None:
-        if isinstance(parser := frame.f_locals.get("self"), ConfigParser):
-            return parser
+        if isinstance(caller := frame.f_locals.get("self"), kind):
+            return caller
         frame = frame.f_back
-    raise RuntimeError("check_knobs works inside a MONAI bundle config only")
+    return None
+
+
+def _is_workflow(steps: Any) -> bool:
+    first = steps[0] if isinstance(steps, list) and steps else None
+    return isinstance(first, dict) and str(first.get("_target_")).endswith(f".{check_knobs.__name__}")
 
 
 def _fit_tracking(parser: ConfigParser) -> None:
     """Mend what ``--tracking mlflow`` adds: MONAI's handler expects one output a volume, and a computed output_dir."""
     saved = parser.get("save_execute_config")
-    if isinstance(saved, str) and not _is_expression(saved) and saved.endswith("'"):
+    if isinstance(saved, str) and not is_expression(saved) and saved.endswith("'"):
         folder, _, name = saved.rpartition(" + '/")  # MONAI appends an expression even to a plain path
         parser["save_execute_config"] = f"{folder}/{name[:-1]}"
     for place, handler in enumerate(parser.get("train", {}).get("handlers", [])):
@@ -185,41 +184,8 @@ def _fit_tracking(parser: ConfigParser) -> None:
             parser[f"train::handlers::{place}::output_transform"] = "$lambda output: output['loss']"
 
 
-def _is_expression(value: Any) -> bool:
-    return isinstance(value, str) and value[:1] in ("$", "@", "%")
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """Return an override in the type of the config's own value; anything goes where that is null or no plain value."""
-    if default is None or isinstance(default, bool):
-        value = TRUTH.get(str(value).lower(), value)
-    is_numbers = isinstance(default, list) and all(isinstance(entry, int | float) for entry in default)
-    if is_numbers and isinstance(value, list | tuple):
-        fits = len(value) == len(default) or name in FREE_LENGTH
-        if not fits or not all(_is_a(type(default[0]), entry) or _is_expression(entry) for entry in value):
-            raise Mistake(f"{name} is {list(value)} but must be a list like {default}")
-    elif (is_numbers or type(default) in (bool, int, float)) and not _is_a(type(default), value):
-        raise Mistake(f"{name} is {value!r} but must be of type {type(default).__name__}, for example {default!r}")
-    return value
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _check_value(name: str, value: Any) -> None:
-    if name in RANGES and value is not None:
-        smallest, largest = RANGES[name]
-        if not smallest <= value <= largest:
-            bound = f"at least {smallest}" if value < smallest else f"at most {largest}"
-            raise Mistake(f"{name} is {value} but must be {bound}")
-    valid = CHOICES.get(name)
-    for entry in value if isinstance(value, list | tuple) else [value]:
-        if valid is not None and entry not in valid:
-            near = difflib.get_close_matches(str(entry), [str(choice) for choice in valid], n=1, cutoff=0)
-            raise Mistake(f"{name} is {entry!r} but must be one of {list(valid)}: did you mean {near[0]}?")
+def _is_known(name: str, value: Any, config: Any, folder: Path) -> bool:
+    return _is_referenced(name, config) or _is_of_an_overlay(name, value, folder)
 
 
 def _is_of_an_overlay(name: str, value: Any, folder: Path) -> bool:

@@ -3,7 +3,6 @@
 To add one, write ``patch_errors`` as :class:`MaskedL2Loss` does, and name the class under ``losses`` in train.yaml.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .mistakes import Mistake
+from .mistakes import Mistake, likely
 from .networks.patches import patchify, unpatchify
 
 __all__ = ["MaskedL2Loss", "MaskedLoss", "StructuralLoss", "SumOfLosses", "TissueWeightedLoss", "choose_loss"]
@@ -219,8 +218,7 @@ def choose_loss(chosen: str, losses: Mapping[str, MaskedLoss], tasks: str = "com
     for name in names:
         if name not in losses:
             pair = "+".join([one for one, loss in losses.items() if not getattr(loss, "normalise_target", False)][:2])
-            near = difflib.get_close_matches(name, losses, n=1, cutoff=0)[0]
-            raise Mistake(f"loss {name!r} must be one of {[*losses]}, or several such as {pair}: did you mean {near}?")
+            raise Mistake(f"loss {name!r} must be one of {[*losses]}, or several such as {pair}{likely(name, losses)}")
     if len(names) > 1 and any(getattr(losses[name], "normalise_target", False) for name in names):
         raise Mistake(f"loss {chosen!r}: a normalised target is on another scale than the others', choose it alone")
     return SumOfLosses({name: losses[name] for name in names}, tasks)

@@ -1,12 +1,13 @@
 """What the user got wrong, told apart from what we did by its class; and errors put into a line."""
 
+import difflib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fire
 
-__all__ = ["Mistake", "causes", "command", "reason"]
+__all__ = ["Mistake", "causes", "command", "likely", "reason"]
 
 
 class Mistake(ValueError):  # noqa: N818 (the mistake is the user's)
@@ -30,6 +31,12 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "rror:" in line]
     return (telling or lines or [type(error).__name__])[-1]
+
+
+def likely(name: str, choices: Iterable[str]) -> str:
+    """Ask whether the choice that a name is like was meant; say nothing where it is like none."""
+    near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.7)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def command(commands: Callable[..., Any] | Mapping[str, Any], arguments: Sequence[str] | None = None) -> None:

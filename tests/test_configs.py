@@ -118,7 +118,7 @@ REQUIRED = [
         ("img_size", [48, 64], r"img_size is \[48, 64\] but must be a list like \[224, 224, 224\]"),
         ("swin_window_size", ["a", 1, 1], r"swin_window_size is \['a', 1, 1\] but must be a list like \[7, 7, 7\]"),
         ("batch_size", 0, "batch_size is 0 but must be at least 1"),
-        ("batch_size", None, "batch_size is None but must be of type int"),
+        ("batch_size", None, "batch_size is null but must be of type int, for example 10"),
         ("flip_axes", [3], r"flip_axes is 3 but must be one of \[0, 1, 2\]"),
         ("device", "gpu", r"device gpu cannot be used .*; --device c.* would do"),
         ("output_dir", __file__, r"test_configs.py cannot be written to"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import bundle, copy_bundle, noise
 
-from scripts import bertswin_mae_small_patch8_48x64x48
+from scripts import bertswin_mae_small_patch8_48x64x48, pretrained_encoder
+from scripts.networks import SegmentationNetwork
 
 CONFIG, META = "configs/inference.json", "configs/metadata.json"
 pytestmark = pytest.mark.slow
@@ -45,19 +46,10 @@ def test_verify_net_in_out_agrees_with_the_metadata():
     assert "data shape of network is verified with no error" in result.stdout + result.stderr
 
 
-def test_ckpt_export_writes_a_torchscript_that_computes_the_same(weights, encoder, volume, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--use_trace", "True")], ids=["script", "trace"])
+def test_ckpt_export_writes_a_torchscript_that_computes_the_same(options, weights, encoder, volume, tmp_path):
     result = bundle(
-        *(
-            "ckpt_export",
-            "--net_id",
-            "network_def",
-            "--config_file",
-            CONFIG,
-            "--meta_file",
-            META,
-            "--use_trace",
-            "True",
-        ),
+        *("ckpt_export", "--net_id", "network_def", "--config_file", CONFIG, "--meta_file", META, *options),
         ckpt_file=weights,
         checkpoint=weights,
         filepath=tmp_path / "model.ts",
@@ -69,6 +61,28 @@ def test_ckpt_export_writes_a_torchscript_that_computes_the_same(weights, encode
         several = noise(3, 1, 48, 64, 48, seed=1)  # traced with one
         agrees(script(several), encoder, several, 1e-5)
     assert metadata["name"] == "BertsWinMAE"
+
+
+def test_ckpt_export_needs_no_option(volume, tmp_path):
+    result = bundle("ckpt_export", "--config_file", CONFIG, filepath=tmp_path / "model.ts")
+    assert result.returncode == 0, result.stderr
+    script, _, _ = monai.data.load_net_with_metadata(tmp_path / "model.ts", map_location="cpu")
+    with torch.no_grad():
+        agrees(script(volume), pretrained_encoder(), volume, 1e-5)
+
+
+@pytest.mark.parametrize("blockwise_norm", [False, True])
+def test_encoders_and_what_stands_on_them_can_be_scripted(blockwise_norm, tmp_path):
+    torch.manual_seed(3)
+    encoder = bertswin_mae_small_patch8_48x64x48(strict_stem=blockwise_norm, blockwise_norm=blockwise_norm).encoder
+    head = torch.nn.Sequential(encoder, torch.nn.Flatten(2))
+    several = noise(2, 1, 48, 64, 48)
+    for network in (encoder, SegmentationNetwork(encoder, out_channels=3, feature_size=4), head):
+        with torch.no_grad():
+            expected = network.eval()(several)
+            torch.jit.script(network).save(tmp_path / "network.ts")
+            loaded = torch.jit.load(tmp_path / "network.ts")
+            torch.testing.assert_close(loaded(several), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_onnx_export_agrees_with_onnxruntime(weights, encoder, volume, tmp_path):

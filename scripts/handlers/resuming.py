@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,7 +237,9 @@ def _restore_place(engine: Engine, saved: dict[str, Any]) -> int:
             engine.data_loader.sampler.skip(done)
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.last_epoch = saved["epoch"] * math.ceil(length / steps) + math.ceil(done / steps) - 1
-        engine.lr_scheduler.step()
+        with warnings.catch_warnings():  # that the first value is skipped: it is not, the schedule goes on
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+            engine.lr_scheduler.step()
     return done
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from einops import rearrange
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
 from monai.utils import ensure_tuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..mistakes import Mistake
 from .swin import SwinLayer, maybe_checkpointed
 
-__all__ = ["BertsWinEncoder", "PatchStem", "initialise_weights", "sincos_positions"]
+__all__ = ["BertsWinEncoder", "PatchStem", "initialise_weights", "recorded", "sincos_positions"]
 
 PATCH_SIZES = (2, 4, 8, 16, 32, 64)
 STEM_GROUPS = 4
@@ -161,6 +162,9 @@ class BertsWinEncoder(nn.Module):
         """Add positions and run the Swin blocks: tokens ``(B, C, D/P, H/P, W/P)`` to features of the same shape."""
         return self.swin(tokens + self.positions)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return recorded(self, (self.in_chans, *self.img_size))
+
     def check_volume(self, volume: Tensor) -> None:
         """Raise a ValueError when a volume's shape is not the one this encoder was built for."""
         expected = (self.in_chans, *self.img_size)
@@ -169,6 +173,22 @@ class BertsWinEncoder(nn.Module):
                 f"volume has shape {tuple(volume.shape)} but this network takes (B, C, D, H, W) = "
                 f"{('B', *expected)}: crop or pad it, or slide a window of {self.img_size} over it"
             )
+
+
+def recorded(network: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """Trace a network: what ``torch.jit.script`` then takes in its place, as it cannot read patterns of einops.
+
+    Every shape follows from the network's arguments but the batch's size, so nothing is lost.
+
+    Args:
+        network: to trace.
+        shape: of one volume, ``(in_chans, D, H, W)``.
+    """
+    weight = next(network.parameters())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # comparisons of shapes, which are fixed
+        traced = torch.jit.trace(network, weight.new_zeros(1, *shape), check_trace=False)
+    return nn.Sequential(traced)  # torch does not script what is a script already
 
 
 def sincos_positions(grid_size: Sequence[int], embed_dim: int) -> Tensor:

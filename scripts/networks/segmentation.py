@@ -7,6 +7,7 @@ from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock,
 from torch import Tensor, nn
 
 from ..mistakes import Mistake
+from .encoder import recorded
 
 __all__ = ["SegmentationNetwork"]
 
@@ -66,3 +67,6 @@ class SegmentationNetwork(nn.Module):
         for up, skip in zip(reversed(self.ups), reversed(skips), strict=True):
             hidden = up(hidden, skip)
         return self.out(hidden)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return recorded(self, (self.encoder.in_chans, *self.encoder.img_size))

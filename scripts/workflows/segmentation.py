@@ -1,6 +1,9 @@
 """Segmentation on top of any encoder: freezing it, label maps of a folder of volumes."""
 
+import csv
+import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch import nn
 
 from ..engines.volumes import VolumeEvaluator, VolumeWriter, save_nifti
 
-__all__ = ["FreezeEncoder", "MaskWriter", "PredictMask"]
+__all__ = ["FreezeEncoder", "MaskWriter", "PredictMask", "name_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,16 @@ class FreezeEncoder:
         if engine.state.epoch == self.epochs + 1 and self.epochs:
             logger.info("the encoder is trained from here on")
         self.encoder.requires_grad_(engine.state.epoch > self.epochs)
+
+
+def name_cases(batch: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Name the cases of a batch for MONAI's MetricsSaver, each as a field of a CSV file: it quotes nothing itself."""
+    names = []
+    for item in batch:
+        file = io.StringIO()
+        csv.writer(file).writerow([item["case"]])
+        names.append({"filename_or_obj": file.getvalue().removesuffix("\r\n")})
+    return names
 
 
 class PredictMask:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -109,6 +110,15 @@ def test_a_run_that_is_preempted_anywhere_goes_on_bit_for_bit(tmp_path, accumula
         assert done == (moment > EPOCHS * (ITERATIONS + VALIDATION_BATCHES))
         assert run(folder, accumulation=accumulation)
         assert_same_end(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("moment", [4, ITERATIONS, ITERATIONS + VALIDATION_BATCHES + 2])
+def test_a_run_goes_on_without_a_warning_about_its_schedule(tmp_path, moment):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not run(tmp_path, request_at=moment)
+        assert run(tmp_path)
+    assert not [warning for warning in caught if "lr_scheduler" in str(warning.message)]
 
 
 def test_a_run_that_is_preempted_again_and_again_arrives(tmp_path):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny, write_volume
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
 
 from scripts import BertsWinEncoder
 from scripts.engines import FeatureWindowInferer
 from scripts.weights import build_pretrained, fill
-from scripts.workflows import Placement, feature_affine, place_in_window, principal_colours
+from scripts.workflows import FeatureWriter, Placement, feature_affine, place_in_window, principal_colours
 
 ENCODER = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
 ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
@@ -263,6 +264,19 @@ def test_a_volume_that_fails_on_the_way_does_not_cost_the_others(tmp_path):
         assert sorted(path.name for path in (tmp_path / "out" / case).iterdir()) == ["features.nii.gz", "figure.png"]
     rows = list(csv.DictReader((tmp_path / "out" / "embeddings.csv").open()))
     assert [row["case"] for row in rows] == ["a_cost_$5_and_$6", "c"]
+
+
+def test_the_embeddings_are_valid_csv_whatever_a_case_is_called(tmp_path):
+    names = ["na,me;x", 'the "best", one', "two\nlines", "plain"]
+    writer = FeatureWriter(tmp_path, figures=False)
+    for number, name in enumerate(names):
+        maps = {"features": MetaTensor(torch.ones(2, 1, 1, 1), affine=torch.eye(4))}
+        writer.write({"case": name, "embedding": torch.tensor([number, 0.5]), "maps": maps})
+    with (tmp_path / "embeddings.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], float(row["f0"]), float(row["f1"])) for row in rows] == [
+        (name, number, 0.5) for number, name in enumerate(names)
+    ]
 
 
 def test_nothing_is_written_outside_the_output_folder(tmp_path):

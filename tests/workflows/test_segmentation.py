@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, records, started, tiny, trainer, write_volume
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from monai.transforms import Compose, Flipd
@@ -296,6 +296,31 @@ def test_the_encoder_learns_at_a_rate_of_its_own(labelled_cohort, tmp_path, over
     assert [len(group["params"]) > 0 for group in (decoder, encoding)] == groups
     names = [id(parameter) for group in (decoder, encoding) for parameter in group["params"]]
     assert sorted(names) == sorted(id(parameter) for parameter in resolve("network").parameters())
+
+
+NAMES = ("plain/c1", "na,me;x", 'the "best", one', "two\nlines", "a\rb", "'single'", "", "ä/ü")
+
+
+def test_the_scores_are_valid_csv_whatever_a_case_is_called(tmp_path):
+    files = ("train.yaml", "finetune_segmentation.yaml", "small.yaml")
+    workflow = started(*files, run_id="finetuning", output_dir=str(tmp_path / "out"), **FINETUNING)
+    saver = workflow.parser.get_parsed_content("validate::handlers::1")
+    validation = Engine(lambda engine, batch: None)
+    saver.attach(validation)
+
+    @validation.on(Events.STARTED)
+    def score(engine):
+        scores = torch.arange(2.0 * len(NAMES)).reshape(-1, 2)
+        engine.state.metric_details = {"val_dice": scores, "val_hausdorff": scores}
+
+    validation.run([[{"case": name}] for name in NAMES])
+    for table in ("val_dice_raw.csv", "val_hausdorff_raw.csv"):
+        with (tmp_path / "out" / table).open(newline="") as file:
+            header, *rows = list(csv.reader(file))
+        assert header == ["filename", "class0", "class1", "mean"]
+        assert [row[0] for row in rows] == list(NAMES)
+        assert [float(row[3]) for row in rows] == [0.5 + 2 * place for place in range(len(NAMES))]
+    assert (tmp_path / "out" / "val_dice_raw.csv").read_text().splitlines()[1].startswith("plain/c1,")
 
 
 @pytest.mark.slow
