@@ -7,18 +7,20 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from scripts.mistakes import Mistake
 
 STACKS = {
-    "pretraining": (["train.yaml"], ["training"]),
-    "conductor": (["train.yaml", "train_conductor.yaml", "multi_gpu.yaml"], ["training"]),
-    "stem_tuning": (["train.yaml", "tune_stem.yaml", "small.yaml"], ["training", "tuning"]),
-    "segmentation": (["train.yaml", "finetune_segmentation.yaml"], ["training", "finetuning", "prediction"]),
-    "probe": (["train.yaml", "probe.yaml"], ["training", "probe"]),
+    "pretraining": (["train.yaml"], ["training", "plan"]),
+    "conductor": (["train.yaml", "train_conductor.yaml", "multi_gpu.yaml"], ["training", "plan"]),
+    "stem_tuning": (["train.yaml", "tune_stem.yaml", "small.yaml"], ["training", "plan", "tuning"]),
+    "segmentation": (["train.yaml", "finetune_segmentation.yaml"], ["training", "plan", "finetuning", "prediction"]),
+    "probe": (["train.yaml", "probe.yaml"], ["training", "plan", "probe"]),
     "inference": (["inference.json"], ["inference"]),
 }
 
 
-def initialised(run_id, *configs, **knobs):
+def ended(run_id, *configs, **knobs):
+    """Make a workflow, and do what comes at its end, or, of an inference, at its start."""
     workflow = ConfigWorkflow([str(ROOT / "configs" / name) for name in configs], run_id=run_id, **knobs)
     workflow.initialize()
+    workflow.finalize()
     return workflow
 
 
@@ -26,13 +28,13 @@ def initialised(run_id, *configs, **knobs):
 def test_the_workflows_of_a_config_can_be_run_and_nothing_else(stack):
     configs, workflows = STACKS[stack]
     for run_id in (*workflows, "run"):
-        assert initialised(run_id, *configs).parser[run_id]
+        assert ended(run_id, *configs).parser[run_id]
     sections = ConfigParser.load_config_files([str(ROOT / "configs" / name) for name in configs])
     others = {name for name in sections if "::" not in name and not name.startswith("+")} - {*workflows, "run"}
-    assert {"network", "device", "imports", "initialize"} <= others
-    for run_id in (*others, "data", "predict", "train::trainer", "training::0"):
+    assert {"network", "device", "imports"} <= others
+    for run_id in others:
         with pytest.raises(RuntimeError) as caught:
-            initialised(run_id, *configs)
+            ended(run_id, *configs)
         assert str(caught.value.__cause__) == (
             f"there is no workflow called {run_id} in these configs: run one of {', '.join(workflows)}"
         )
@@ -40,16 +42,16 @@ def test_the_workflows_of_a_config_can_be_run_and_nothing_else(stack):
 
 
 def test_the_default_of_a_probe_is_to_probe():
-    steps = initialised("run", "train.yaml", "probe.yaml").parser
+    steps = ended("run", "train.yaml", "probe.yaml").parser
     assert steps["run"] == steps["training"] == steps["probe"]
     assert steps["run"][-1] == "$@probing.run()"
 
 
 def test_an_overlay_may_bring_a_workflow(tmp_path):
     overlay = tmp_path / "mine.yaml"
-    overlay.write_text("plan:\n  - _target_: scripts.cli.check_knobs\n  - $print(@max_epochs)\nalso: '%training'\n")
-    for run_id in ("plan", "also"):
-        initialised(run_id, "train.yaml", str(overlay))
+    overlay.write_text("mine:\n  - _target_: scripts.cli.check_knobs\n  - $print(@max_epochs)\nalso: '%training'\n")
+    for run_id in ("mine", "also"):
+        ended(run_id, "train.yaml", str(overlay))
 
 
 # Where nobody may make a folder, not even root.
@@ -79,7 +81,7 @@ def test_a_folder_that_is_read_only_is_named_in_one_line(knobs, tmp_path, cohort
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("run_id", "stack"),
-    [("train", "pretraining"), ("data", "probe"), ("predict", "segmentation"), ("infer", "inference")],
+    [("train", "pretraining"), ("losses", "probe"), ("predict", "segmentation"), ("network", "inference")],
 )
 def test_what_is_no_workflow_ends_in_one_line_from_any_directory(run_id, stack, tmp_path):
     configs, workflows = STACKS[stack]
