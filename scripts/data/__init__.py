@@ -4,4 +4,6 @@ from .caches import *
 from .cases import *
 from .checks import *
 from .draws import *
+from .layouts import *
 from .sample import *
+from .splitting import *
