@@ -178,20 +178,22 @@ def _nnunet_folds(folder: Path, content: Any) -> Folds | None:
     if not isinstance(channels, dict | list):
         return None
     ending, named = _nnunet_files(folder, content)
-    listed = [] if "channel_names" in content else content.get("training") or []
+    listed = [] if "channel_names" in content else content.get("training")
+    listed = listed if isinstance(listed, list) else []
     for item in listed:
         _check_item(item, "training", folder / "dataset.json")
     if any(isinstance(item["image"], list) or os.path.lexists(_listed_path(item["image"], folder)) for item in listed):
         return None
     cases: dict[str, dict[str, Any]] = {}
-    for name in [Path(item["image"]).name.removesuffix(ending) for item in listed] or named:
+    for name in named and ([Path(item["image"]).name.removesuffix(ending) for item in listed] or named):
         images = [f"imagesTr/{name}_{number:04d}{ending}" for number in range(len(channels))]
         cases[name] = {"image": images}
         if (folder / "labelsTr").is_dir():
             cases[name]["label"] = f"labelsTr/{name}{ending}"
     if isinstance(content.get("dataset"), dict):
         # Which may say where the files are, one by one.
-        cases = {name: {**about, "image": about.get("images")} for name, about in content["dataset"].items()}
+        abouts = {name: about if isinstance(about, dict) else {} for name, about in content["dataset"].items()}
+        cases = {name: {**about, "image": about.get("images")} for name, about in abouts.items()}
     if not cases and "channel_names" in content and (folder / "imagesTr").is_dir():
         raise Mistake(f"{folder} is a folder of nnU-Net without a file like imagesTr/CASE_0000{ending}")
     if not cases:
@@ -202,12 +204,14 @@ def _nnunet_folds(folder: Path, content: Any) -> Folds | None:
 
 
 def _nnunet_files(folder: Path, content: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the suffix of the files, and the names of the cases of which there is any channel."""
+    """Return the suffix of the files, and the names of the cases of which there is any channel; the first must be."""
     files = sorted(path for path in folder.glob("imagesTr/*") if not path.name.startswith("."))
     ending = str(
         content.get("file_ending") or next(filter(None, (longest_suffix(path, SUFFIXES) for path in files)), ".nii.gz")
     )
     stems = [path.name.removesuffix(ending) for path in files if path.name.endswith(ending)]
+    if not any(stem.endswith("_0000") for stem in stems):
+        return ending, []
     return ending, list(dict.fromkeys(match[1] for stem in stems if (match := NNUNET_FILE.fullmatch(stem))))
 
 

@@ -33,6 +33,7 @@ CONVERSIONS = {
     "write those of a volume to one NIfTI": (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".npy", ".npz"),
 }
 OTHERS = tuple(suffix for suffixes in CONVERSIONS.values() for suffix in suffixes)
+NO_SCANS = ("SEG", "RTDOSE")  # modalities in DICOM headers of what was made of scans
 PAIRS = {".img": ".hdr", ".img.gz": ".hdr.gz"}
 HEADERS = {header: image for image, header in PAIRS.items()}  # a volume is its .img
 
@@ -125,7 +126,9 @@ def _once(files: Iterable[Path], root: Path) -> list[Path]:
 def series_cases(root: Path, files: Sequence[Path]) -> tuple[list[Case], Counter[str]]:
     """Make a case of each DICOM series, named after the folder that it alone lies in, else after its UID, too."""
     found, passed_over = find_series(path for path in files if path.exists())
-    found = [series for series in found if series.modality != "SEG"]
+    for series in (other for other in found if other.modality in NO_SCANS):
+        passed_over[f"of modality {series.modality}"] += len(series.files)
+    found = [series for series in found if series.modality not in NO_SCANS]
     places = [_common_folder(series.files) for series in found]
     gone = defaultdict(list)  # files whose content was not fetched, which no series can do without
     for path in files:

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import write_volume
+from conftest import TINY_KNOBS, started, write_volume
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from scripts.data import check_cases, find_cases, labelled, list_cases, prepare_cases
@@ -248,10 +248,12 @@ def test_labels_and_what_is_no_image_among_dicom_files_is_passed_over(tmp_path, 
     caplog.set_level("INFO")
     write_series(tmp_path / "ct", "1.1")
     write_series(tmp_path / "other", "1.2", modality="SEG")
+    write_series(tmp_path / "plan", "1.4", modality="RTDOSE", slices=1)
     write_series(tmp_path / "seg", "1.3")
     (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     assert found(tmp_path) == ["ct"]
-    assert "passed over 1 DICOM files: no images" in caplog.text
+    for count in ("1 DICOM files: no images", "3 DICOM files: of modality SEG", "1 DICOM files: of modality RTDOSE"):
+        assert f"passed over {count}" in caplog.text
 
 
 def test_an_empty_patient_is_not_known(tmp_path):
@@ -441,6 +443,8 @@ def test_a_decathlon_folder_is_not_taken_for_nnunet(tmp_path):
     assert found(listed(tmp_path, *items, modality={"0": "T1"}).parent) == ["imagesTr/a_0000", "imagesTr/a_0001"]
     channels = [{"image": ["imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz"]}]
     assert found(listed(tmp_path, *channels, modality={"0": "T1"}).parent) == ["imagesTr/a_0000"]
+    gone = [{"image": "./imagesTr/b.nii.gz"}, {"image": "./imagesTr/c.nii.gz"}]  # for the check to name
+    assert found(listed(tmp_path / "other", *gone, modality={"0": "T1"}).parent) == ["imagesTr/b", "imagesTr/c"]
 
 
 def test_files_that_have_another_suffix_than_nnunet_was_told_are_refused(tmp_path):
@@ -451,9 +455,11 @@ def test_files_that_have_another_suffix_than_nnunet_was_told_are_refused(tmp_pat
 
 def test_a_folder_with_a_dataset_json_of_another_kind_is_searched(tmp_path):
     touch(tmp_path / "scans" / "a.nii.gz")
-    for content in ({"name": "ours"}, [], {"channel_names": {"0": "T1"}}):
+    touch(tmp_path / "imagesTr" / "b_0007.nii.gz")
+    odd = ({"training": 3, "modality": {"0": "CT"}}, {"modality": "CT"}, {"modality": {"0": "CT"}})
+    for content in ({"name": "ours"}, [], *odd):
         (tmp_path / "dataset.json").write_text(json.dumps(content))
-        assert found(tmp_path) == ["scans/a"]
+        assert found(tmp_path) == ["imagesTr/b_0007", "scans/a"]
 
 
 # -------------------------------------------------------------------------------------------------------------- BIDS
@@ -538,3 +544,16 @@ def test_folders_that_only_look_like_subjects_are_searched(tmp_path):
         tmp_path / "sub-0" / "T1w.nii.gz", tmp_path / "sub-0" / "brain.nii.gz", tmp_path / "more" / "sub-1_T1w.nii.gz"
     )
     assert found(tmp_path) == ["more/sub-1_T1w", "sub-0/T1w", "sub-0/brain"]
+
+
+def test_a_training_takes_the_contrast_and_the_patients_that_its_knobs_say(tmp_path):
+    for number in range(4):
+        for suffix in ("T1w", "FLAIR"):
+            name = session(f"{number // 2}{number % 2}", 1, suffix)[0]
+            write_volume(tmp_path / "data" / name, seed=10 * number + (suffix == "FLAIR"))
+    knobs = {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "contrasts": "FLAIR"}
+    workflow = started(**TINY_KNOBS, **knobs, group_by="sub-([01])", val_fraction=0.5)
+    folds = workflow.parser.get_parsed_content("cases")
+    assert [len({case["patient"] for case in cases}) for cases in folds.values()] == [1, 1]
+    assert [len(cases) for cases in folds.values()] == [2, 2]
+    assert all(case["image"].endswith("_FLAIR.nii.gz") for cases in folds.values() for case in cases)
