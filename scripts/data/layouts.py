@@ -123,7 +123,7 @@ def _check_item(item: Any, fold: str, datalist: Path) -> None:
 
 def _check_path(path: Any, datalist: Path) -> None:
     """Refuse a path that climbs: it may come with somebody else's list. One in full says what it means."""
-    spellings = (path, path.replace("\\", "/")) if isinstance(path, str) else ()
+    spellings = (_without_url(path), _without_url(path).replace("\\", "/")) if isinstance(path, str) else ()
     if any(Path(os.path.normpath(spelling)).parts[:1] == ("..",) for spelling in spellings):
         way_out = "move the list above its volumes, or write the path in full"
         raise Mistake(f"{datalist} lists {path}, which leads out of its folder: {way_out}")
@@ -158,11 +158,14 @@ def _listed_case(item: Mapping[str, Any], root: Path) -> Case:
 
 def _listed_path(path: str, root: Path) -> str:
     """Complete a path of a list, which may be a file's URL or come from Windows."""
-    if path.lower().startswith("file:"):
-        path = url2pathname(urlparse(path).path)
+    path = _without_url(path)
     if "\\" in path and not os.path.lexists(root / path):
         path = path.replace("\\", "/")
     return os.path.normpath(root / path)
+
+
+def _without_url(path: str) -> str:
+    return url2pathname(urlparse(path).path) if path.lower().startswith("file:") else path
 
 
 # ---------------------------------------------------------------------------------------------------------- nnU-Net
@@ -232,8 +235,8 @@ def _nnunet_split(path: Path, cases: Mapping[str, Case]) -> Folds:
     first = split[0] if isinstance(split, list) and split else None
     if not isinstance(first, dict) or not all(isinstance(first.get(side), list) for side in ("train", "val")):
         raise Mistake(f"{path} must be a list of {{'train': [names], 'val': [names]}}")
-    names = {"training": first["train"], "validation": first["val"]}
-    if unknown := [str(name) for side in names.values() for name in side if name not in cases]:
+    names = {fold: [str(name) for name in first[side]] for fold, side in (("training", "train"), ("validation", "val"))}
+    if unknown := [name for side in names.values() for name in side if name not in cases]:
         raise Mistake(f"{path} names {len(unknown)} cases that are not there, such as {unknown[0]}")
     return {fold: [cases[name] for name in side] for fold, side in names.items()}
 
@@ -263,7 +266,8 @@ def _bids_cases(
     """Make a case of each image of the one contrast, or of each session with several: its channels."""
     counts = Counter(str(about["suffix"]) for _, about in images)
     counts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-    wanted = [contrasts] if isinstance(contrasts, str) else list(contrasts or counts)
+    chosen = contrasts if isinstance(contrasts, list | tuple) else [contrasts] if contrasts else []
+    wanted = [str(suffix) for suffix in chosen or counts]
     there = ", ".join(f"{count} {suffix}" for suffix, count in counts.items())
     if (not contrasts and len(wanted) > 1) or not set(wanted) <= counts.keys():
         choice = f"contrasts {contrasts} are not all there" if contrasts else "several contrasts are there"
@@ -295,12 +299,13 @@ def _session_cases(folder: Path, found: Mapping[str, Sequence[Path]], wanted: Se
     if all(len(found[suffix]) == 1 for suffix in wanted):
         return [{"image": [str(found[suffix][0]) for suffix in wanted], "case": name}]
     # Several of a contrast: those go together whose names are alike but for it, as those of a run.
-    runs: dict[str, dict[str, str]] = defaultdict(dict)
+    runs: dict[str, dict[str, Path]] = defaultdict(dict)
     for suffix in wanted:
         for path in found[suffix]:
-            runs[case_name(path, folder).removesuffix(f"_{suffix}")][suffix] = str(path)
-    whole = {run: paths for run, paths in runs.items() if len(paths) == len(wanted)}
-    if not whole:
-        several = ", ".join(f"{len(found[suffix])} {suffix}" for suffix in wanted)
-        return [{"image": str(found[present[0]][0]), "case": name, "lacks": f"one of each, it has {several}"}]
-    return [{"image": [paths[suffix] for suffix in wanted], "case": run} for run, paths in whole.items()]
+            runs[case_name(path, path.parent).removesuffix(f"_{suffix}")][suffix] = path
+    cases: list[Case] = []
+    for run, paths in runs.items():
+        first, lacking = next(iter(paths.values())), [suffix for suffix in wanted if suffix not in paths]
+        case = {"image": [str(path) for path in paths.values()], "case": case_name(first.with_name(run), folder)}
+        cases.append(case | ({"lacks": ", ".join(lacking)} if lacking else {}))
+    return cases

@@ -327,6 +327,8 @@ def test_paths_of_other_systems_are_read(tmp_path):
         {"image": "..\\a.nii.gz"},
         {"image": ["b.nii.gz", "sub\\..\\..\\a.nii.gz"]},
         {"image": "b.nii.gz", "label": "..\\a.nii.gz"},
+        {"image": "file:../a.nii.gz"},
+        {"image": ["b.nii.gz", "file:%2e%2e/a.nii.gz"]},
     ],
 )
 def test_a_list_that_leads_out_of_its_folder_is_refused_in_every_spelling(tmp_path, item):
@@ -492,7 +494,7 @@ def test_several_contrasts_are_refused_with_their_counts_and_how_to_choose(tmp_p
         tmp_path, *session(1, 1, "T1w", "FLAIR"), *session(1, 2, "T1w"), "sub-1/func/sub-1_task-rest_bold.nii"
     )
     message = r"BIDS folder with 2 T1w, 1 FLAIR, 1 bold; .*--contrasts T1w, .*--contrasts \"\['T1w','FLAIR'\]\""
-    for contrasts in (None, [], "T2w", ["T1w", "T2w"]):
+    for contrasts in (None, [], "T2w", ["T1w", "T2w"], 3, [["T1w"]]):
         with pytest.raises(ValueError, match=message):
             find_cases(folder, contrasts)
     for contrasts in ("T1w", ["T1w"], ("T1w",)):
@@ -527,8 +529,13 @@ def test_runs_of_a_session_go_together_and_what_does_not_fit_is_named(tmp_path):
     acquired = [*session(1, 1, "T1w", entities="_acq-fine"), *session(1, 1, "FLAIR")]  # one of each
     assert len(found(bids(tmp_path / "b", *acquired), contrasts=["T1w", "FLAIR"])) == 1
     several = [*session(1, 1, "T1w", entities="_run-1"), *session(1, 1, "T1w", entities="_run-2"), *acquired[1:]]
-    with pytest.raises(ValueError, match="lacks one of each, it has 2 T1w, 1 FLAIR"):
+    message = r"3 of 3 cases(.|\n)*run-1 lacks FLAIR\n.*run-2 lacks FLAIR\n.*sub-1_ses-1 lacks T1w"
+    with pytest.raises(ValueError, match=message):
         find_cases(bids(tmp_path / "c", *several), ["T1w", "FLAIR"])
+    half = bids(tmp_path / "d", *runs[:-1])
+    assert found(half, contrasts=["T1w", "FLAIR"], skip_invalid=True) == ["sub-1/ses-1/anat/sub-1_ses-1_run-1"]
+    elsewhere = [name.replace("/anat/", "/perf/") if "FLAIR" in name else name for name in runs]
+    assert len(found(bids(tmp_path / "e", *elsewhere), contrasts=["T1w", "FLAIR"])) == 2
     assert len(found(tmp_path / "c", contrasts="T1w")) == 2
 
 
