@@ -6,5 +6,8 @@ from .checks import *
 from .describing import *
 from .draws import *
 from .index import *
+from .layouts import *
+from .provenance import *
 from .reading import *
 from .sample import *
+from .splitting import *

@@ -139,7 +139,8 @@ def build_dataset(
 
 def _hash_file(item: dict[str, Any]) -> bytes:
     """Name a cached volume by its files' paths, sizes and times of change, so that a changed one is prepared afresh."""
-    files = [Path(item["image"]).absolute()]
+    images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+    files = [Path(image).absolute() for image in images]
     files += [Path(item["label"]).absolute()] if Path(str(item.get("label", ""))).is_file() else []
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     identity = repr((states, item.get("case"), item.get("field_of_view")))

@@ -9,7 +9,7 @@ from monai.transforms import Compose
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from ..data.cases import case_seed
+from ..data.splitting import case_seed
 from ..mistakes import Mistake
 from ..networks.patches import patchify, random_masking, valid_patches
 

@@ -1,5 +1,6 @@
 """A run that can end at any moment and go on as if it had not: locked, saved, preempted, resumed by one handler."""
 
+import json
 import logging
 import math
 import signal
@@ -67,6 +68,7 @@ class Checkpointing:
     save_encoder: bool = False  # also write the best network's `encoder` alone, to encoder.pt
     about: dict[str, Any] = field(default_factory=dict)  # settings, plain values, that a resumed run must share
     folders: Sequence[str | Path] = ()  # that the run writes to, to be locked
+    record: dict[str, Any] | None = None  # about the weights, to be written beside them as JSON
 
     def __post_init__(self) -> None:
         self.folder, self.preempted, self.is_first = Path(self.ckpt_dir), False, idist.get_rank() == 0
@@ -114,10 +116,19 @@ class Checkpointing:
         """Write the checkpoints of this epoch."""
         network = self._whole_network()
         if self.validator.state.best_metric_epoch == engine.state.epoch and self.is_first:
-            checkpoints.save(network, self.folder / "model.pt")
+            self._save_weights(network, "model")
             if self.save_encoder:
-                checkpoints.save(encoder_part(network), self.folder / "encoder.pt")
+                self._save_weights(encoder_part(network), "encoder")
         self._save_state(engine, network, engine.state.epoch, engine.state.iteration)
+
+    def _save_weights(self, weights: dict[str, Tensor], name: str) -> None:
+        if self.record is not None:
+            path, beside = self.folder / f"{name}.json", self.folder / f".{name}.json"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with checkpoints.named_after(path):
+                beside.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+                beside.replace(path)
+        checkpoints.save(weights, self.folder / f"{name}.pt")
 
     def save_within_epoch(self, engine: Engine) -> None:
         """Write the state after the last optimiser step, in the middle of an epoch or before its validation."""

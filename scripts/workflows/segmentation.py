@@ -79,18 +79,6 @@ class MaskWriter(VolumeWriter):
     answers = "label maps"
     failure = "could not be segmented"
 
-    def attach(self, engine: Engine) -> None:
-        """Follow an evaluator."""
-        super().attach(engine)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.protect_scan)
-
-    def protect_scan(self, engine: Engine) -> None:
-        """Refuse a volume whose label map would overwrite it, before it is segmented."""
-        item = engine.state.batch
-        path = self._path(item["case"])
-        if "error" not in item and path.exists() and path.samefile(item["image"].meta["filename_or_obj"]):
-            item["error"] = f"its label map would overwrite it: choose another --output_dir than {self.folder}"
-
     def write(self, output: dict[str, Any]) -> None:
         """Write one label map."""
         labels = output["pred"]

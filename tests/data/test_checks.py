@@ -90,6 +90,23 @@ def outside(folder):
     (folder / "dataset.json").write_text(json.dumps({"training": [{"image": "./sub/../../elsewhere.nii.gz"}]}))
 
 
+def without_a_channel(folder):
+    channels = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(channels))
+    for name in ("case_0_0000", "case_0_0001", "case_1_0000"):
+        write_volume(folder / "imagesTr" / f"{name}.nii.gz")
+
+
+def several_contrasts(folder):
+    for name in ("sub-1/sub-1_T1w", "sub-1/sub-1_FLAIR", "sub-2/sub-2_T1w"):
+        write_volume(folder / f"{name}.nii.gz")
+
+
+def one_patient(folder):
+    for session in (1, 2):
+        write_volume(folder / "sub-1" / f"sub-1_ses-{session}_T1w.nii.gz", seed=session, spacing=0.1)
+
+
 def no_datalist(folder):
     (folder / "dataset.json").write_text(json.dumps({"training": [{"picture": "good_1.nii.gz"}]}))
 
@@ -118,6 +135,9 @@ VOLUMES = {
     "listed, but not there": (listed_but_gone, "mr"),
     "listed, out of the folder": (outside, "mr"),
     "a datalist of another kind": (no_datalist, "mr"),
+    "a channel that is missing": (without_a_channel, "mr"),
+    "several contrasts": (several_contrasts, "mr"),
+    "one patient": (one_patient, "mr"),
 }
 
 
@@ -183,6 +203,7 @@ LABELS = {
     "a damaged label map": (lambda folder: (folder / "label.nii.gz").write_bytes(b"no"), 1),
     "labels beyond the last one": (odd_label, 1),
     "a label map of another size": (lambda folder: write(folder, np.zeros((7, 8, 8)), name="label.nii.gz"), 1),
+    "labels that are not there": (lambda folder: None, 1),
     "no labels": (None, 1),
     "fewer labels than asked for": (odd_label, 9),
 }

@@ -117,6 +117,20 @@ def test_a_disk_cache_serves_every_run_on_the_same_files(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 1
 
 
+def test_a_change_in_any_file_of_a_case_is_prepared_afresh(tmp_path):
+    files = [tmp_path / "t1.npy", tmp_path / "t2.npy"]
+    for file in files:
+        np.save(file, np.zeros(3))
+    item = {"image": [str(file) for file in files], "case": "a"}
+    before = {
+        _hash_file(item),
+        _hash_file(item | {"image": item["image"][:1]}),
+        _hash_file({**item, "image": item["image"][::-1]}),
+    }
+    np.save(files[1], np.zeros(5))
+    assert len({*before, _hash_file(item)}) == 4
+
+
 def test_a_cache_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"cache 'tape' must be one of \('memory', 'disk', 'none'\)"):
         build_dataset([], Compose([]), "tape")

@@ -56,8 +56,8 @@ def test_features_that_hold_the_labels_score_one_and_noise_scores_none(tmp_path)
 
 
 def test_cases_without_labels_are_refused():
-    assert labelled([{"case": "a"}, {"case": "b", "label": "x"}]) == [{"case": "b", "label": "x"}]
-    many = [{"case": str(number), "label": "x"} for number in range(20)]
+    assert labelled([{"case": "a"}, {"case": "b", "label": __file__}]) == [{"case": "b", "label": __file__}]
+    many = [{"case": str(number), "label": __file__} for number in range(20)]
     few, fewer = labelled(many, 10), labelled(many[::-1], 5)
     assert (len(few), fewer) == (10, few[:5])  # the same few, whatever the order
     with pytest.raises(ValueError, match="none of the cases has a label"):

@@ -202,9 +202,11 @@ def test_a_decoder_learns_what_a_frozen_encoder_shows(labelled_cohort, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", ["none of the cases has a label", "num_train_cases 99 is more than the"])
+@pytest.mark.parametrize("problem", ["label maps are not where the list says", "num_train_cases 99 is more than the"])
 def test_a_finetuning_without_enough_labels_is_refused(labelled_cohort, cohort, tmp_path, problem):
-    settings = {"dataset_dir": cohort} if "none" in problem else {"dataset_dir": labelled_cohort, "num_train_cases": 99}
+    settings = (
+        {"dataset_dir": cohort} if "where" in problem else {"dataset_dir": labelled_cohort, "num_train_cases": 99}
+    )
     result = finetune(output_dir=tmp_path, **settings)
     assert result.returncode == 1
     assert problem in result.stderr

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from monai.utils import ensure_tuple
 
-from ...data.cases import Case, case_seed, find_cases, split_cases
+from ...data import case_seed, find_cases, split_cases
+from ...data.describing import Case
 from ...mistakes import Mistake
 from ...networks import bertswin_mae_small_patch8_48x64x48
 from ...weights import save
@@ -240,15 +241,17 @@ def _linked(dataset: Path, folder: Path) -> str:
     return str(link / dataset.name if dataset.is_file() else link)
 
 
+def _below(paths: str | list[str], folder: Path) -> str | list[str]:
+    return [_below(path, folder) for path in paths] if isinstance(paths, list) else paths.removeprefix(f"{folder}/")
+
+
 def _divide(cases: Sequence[Case], folder: Path) -> str:
     """Write a datalist that divides the training volumes once more, as the names' hashes have it."""
     ranked = sorted(cases, key=lambda case: case_seed(case["case"], 1))
     held_out = max(1, len(ranked) // 5)
     folds = {"training": ranked[held_out:], "validation": ranked[:held_out]}
     content = {  # paths below the list, so that they and the names that follow from them stay
-        fold: [
-            {key: case[key].removeprefix(f"{folder}/") for key in ("image", "label") if key in case} for case in cases
-        ]
+        fold: [{key: _below(case[key], folder) for key in ("image", "label") if key in case} for case in cases]
         for fold, cases in folds.items()
     }
     path = folder / "selection.json"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data import Case, Index, facts_problem, find_cases, split_cases, without_copies
+from ...data import Case, Index, facts_problem, find_cases, group_cases, split_cases, without_copies
 from ...mistakes import Mistake
 
 __all__ = ["Cohort", "cohort_modality", "look_at"]
@@ -27,9 +27,17 @@ class Cohort:
     folds: dict[str, list[Case]]  # the same, as training divides them
 
 
-def look_at(dataset_dir: str | Path, index: Index, val_fraction: float, **finding: Any) -> Cohort:
-    """Find and describe the volumes of a dataset; arguments as of :func:`plan`."""
-    folds = find_cases(dataset_dir, **finding)
+def look_at(
+    dataset_dir: str | Path,
+    index: Index,
+    val_fraction: float,
+    contrasts: str | Sequence[str] | None = None,
+    group_by: str | None = None,
+) -> Cohort:
+    """Find and describe the volumes of a dataset; arguments as of :func:`~bertswin_mae.data.prepare_cases`."""
+    folds = find_cases(dataset_dir, contrasts, skip_invalid=True)
+    if group_by is not None:
+        folds = {fold: group_cases(its, group_by) for fold, its in folds.items()}
     cases = [case for fold in folds.values() for case in fold]
     described = index.describe(cases)
     modality = cohort_modality(cases, described)

@@ -2,9 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,8 @@ def plan(
     output_dir: str | Path,
     device: str,
     val_fraction: float,
-    **finding: Any,
+    contrasts: str | Sequence[str] | None = None,
+    group_by: str | None = None,
 ) -> None:
     """Look at a cohort and this machine, try a short training, write ``plan.yaml`` and print what was found.
 
@@ -36,16 +36,19 @@ def plan(
         output_dir: for ``plan.yaml``, an overlay of ``train.yaml``.
         device: to train on.
         val_fraction: share of the cases to validate on.
-        **finding: further arguments of :func:`~bertswin_mae.data.find_cases`.
+        contrasts: see :func:`~bertswin_mae.data.find_cases`.
+        group_by: see :func:`~bertswin_mae.data.group_cases`.
 
     Raises:
         Mistake: when there is nothing to train on, when modalities are mixed, or when no training fits this machine.
     """
     dataset_dir, folder = dataset_dir() if callable(dataset_dir) else dataset_dir, Path(output_dir).absolute()
-    cohort = look_at(dataset_dir, index, val_fraction, **finding)
+    given = {"contrasts": contrasts, "group_by": group_by}
+    cohort = look_at(dataset_dir, index, val_fraction, contrasts, group_by)
     settings = {
         "dataset_dir": (str(Path(str(dataset_dir)).absolute()), f"{len(cohort.kept)} volumes that can be used"),
         "index": (str(index.path), "what is known of them: training does not read them again to check them"),
+        **{name: (value, "as it was given") for name, value in given.items() if value is not None},
         **about_volumes(cohort),
         **about_network(cohort, device, folder),
     }
