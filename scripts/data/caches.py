@@ -18,6 +18,7 @@ from .. import machine, parallel
 from ..mistakes import Mistake, reason
 from ..weights import checkpoints
 from .checks import resampled_shape
+from .index import case_files, fingerprint
 
 __all__ = ["DiskCacheDataset", "ForgivingDataset", "build_dataset", "choose_cache"]
 __all__ += ["prepared_bytes"]
@@ -139,9 +140,5 @@ def build_dataset(
 
 def _hash_file(item: dict[str, Any]) -> bytes:
     """Name a cached volume by its files' paths, sizes and times of change, so that a changed one is prepared afresh."""
-    images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-    files = [Path(image).absolute() for image in images]
-    files += [Path(item["label"]).absolute()] if Path(str(item.get("label", ""))).is_file() else []
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    identity = repr((states, item.get("case"), item.get("field_of_view")))
+    identity = repr((fingerprint(case_files(item, ("image", "label"))), item.get("case"), item.get("field_of_view")))
     return hashlib.sha256(identity.encode()).hexdigest().encode()

@@ -42,8 +42,11 @@ def is_dicom(path: Path) -> bool:
         return True
     if (suffix and not suffix[1:].isdigit()) or not path.is_file():
         return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def find_series(files: Iterable[Path]) -> tuple[list[Series], Counter[str]]:

@@ -20,6 +20,7 @@ __all__ = ["Index", "case_files", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
+HEADERS, HALVES = (".mhd", ".nhdr", ".img"), (".hdr", ".raw", ".zraw", ".raw.gz")
 VERSION = 1  # of what is known of a volume; another one is read again
 
 
@@ -85,12 +86,17 @@ class _Described(Dataset):
 
 
 def case_files(case: Case, keys: Iterable[str] = ("image",)) -> list[Path]:
-    """List the files of a case, of one or more of its keys; a folder of DICOM stands for the files in it."""
-    files = []
+    """List the files of a case, of one or more of its keys; a folder of DICOM stands for the files in it.
+
+    Behind a header, such as ``a.mhd`` or ``a.img``, stand the files of its voxels or the other half of the pair.
+    """
+    files: list[Path] = []
     for key in keys:
         paths = case.get(key) or []
         for path in map(Path, paths if isinstance(paths, list | tuple) else [paths]):
             files += sorted(filter(is_dicom, path.iterdir())) if path.is_dir() else [path]
+            if path.name.lower().endswith(HEADERS):
+                files += [half for suffix in HALVES if (half := path.with_suffix(suffix)).is_file()]
     return files
 
 

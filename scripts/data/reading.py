@@ -7,6 +7,7 @@ qform. Voxels become float32, which is what networks see and what is checked.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -48,7 +49,7 @@ def read_volume(files: str | Path | Sequence[str | Path]) -> MetaTensor:
         first, *others = [_read_one(Path(file)) for file in files]
         channels = torch.cat([first, *(_on_grid_of(first, other) for other in others)])
         notes = [f"{file}: {note}" for file, one in zip(files, (first, *others), strict=True) for note in _notes(one)]
-        return MetaTensor(channels, affine=first.affine, meta=first.meta | {"notes": notes})
+        return MetaTensor(channels, affine=first.affine, meta=_without_affine(first.meta) | {"notes": notes})
     return _read_one([Path(file) for file in files] if several else Path(files))
 
 
@@ -194,7 +195,7 @@ def _refuse_cut_off(path: Path, header: dict[str, str]) -> None:
     """Refuse a MetaImage that has fewer bytes than it says: ITK's message would not tell."""
     if "elementdatafile" not in header or header.get("compresseddata", "").lower() == "true":
         return
-    sizes = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "FLOAT": 4, "DOUBLE": 8}
+    sizes = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
     kind = header.get("elementtype", "").removeprefix("MET_").removeprefix("U")
     if kind not in sizes or not (names := _data_files(path, header) or [path.name])[0]:
         return
@@ -244,6 +245,10 @@ def _in_place_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
         raise Mistake(f"has shape {tuple(label.shape[1:])} where its image has {shape}: resample it to its image")
     apart = corner_distance(shape, place, grid)
     raise Mistake(f"lies elsewhere than its image: their corners are up to {apart:.1f} mm apart")
+
+
+def _without_affine(meta: dict[str, Any]) -> dict[str, Any]:
+    return {name: meta[name] for name in ("filename_or_obj", "notes")}
 
 
 def _notes(volume: MetaTensor) -> list[str]:
