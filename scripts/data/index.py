@@ -114,6 +114,7 @@ def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             about = json.loads(line)
+            about.pop("case", None)  # which is for readers
             lines[about.pop("key")] = about
         except (json.JSONDecodeError, KeyError):  # noqa: PERF203 (empty, or cut off when its run was killed)
             continue
