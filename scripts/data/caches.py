@@ -140,5 +140,6 @@ def build_dataset(
 
 def _hash_file(item: dict[str, Any]) -> bytes:
     """Name a cached volume by its files' paths, sizes and times of change, so that a changed one is prepared afresh."""
-    identity = repr((fingerprint(case_files(item, ("image", "label"))), item.get("case"), item.get("field_of_view")))
+    files = case_files(item) + [file for file in case_files(item, ("label",)) if file.is_file()]
+    identity = repr((fingerprint(files), item.get("case"), item.get("field_of_view")))
     return hashlib.sha256(identity.encode()).hexdigest().encode()

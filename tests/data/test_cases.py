@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from conftest import write_volume
 
-from scripts.data import check_cases, find_cases, prepare_cases, volume_problem
+from scripts.data import check_cases, find_cases, list_cases, prepare_cases, volume_problem
 
 
 def names(cases):
@@ -226,3 +226,21 @@ def test_a_datalist_may_give_each_case_its_field_of_view(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"a field_of_view must be like .* in voxels, but one is"):
             listed(wrong)
+
+
+@pytest.mark.parametrize("output_dir", ["data", "data/out", "link", "link/new", "data/../data", "."])
+def test_results_and_scans_are_kept_apart_whatever_path_leads_to_them(tmp_path, output_dir):
+    for name in ("c0", "c1", "c0/features"):
+        write_volume(tmp_path / "data" / f"{name}.nii.gz", seed=len(name))
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for dataset_dir in (tmp_path / "data", tmp_path / "link"):
+        with pytest.raises(ValueError, match="choose a folder beside it"):
+            list_cases(dataset_dir, output_dir=tmp_path / output_dir)
+        assert len(list_cases(dataset_dir, output_dir=tmp_path / "out")) == 3
+
+
+def test_results_may_lie_beside_one_volume_but_not_in_its_place(tmp_path):
+    scan = write_volume(tmp_path / "data" / "c0.nii.gz")
+    assert len(list_cases(scan, output_dir=tmp_path / "data" / "out")) == 1
+    with pytest.raises(ValueError, match="holds volumes of the dataset"):
+        list_cases(scan, output_dir=tmp_path / "data")
