@@ -118,9 +118,8 @@ def _read_by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         raise Mistake("holds complex numbers: write their magnitude, or real and imaginary part as two channels")
     affine = np.array(image.affine, dtype=np.float64)
     if isinstance(header, nib.Nifti1Header):
-        qform, sform = image.get_qform(coded=True)[0], image.get_sform(coded=True)[0]
-        if qform is not None and sform is not None:
-            apart = corner_distance(image.shape[:3], sform, qform) if image.ndim > 2 else 0.0
+        if header["qform_code"] > 0 and header["sform_code"] > 0 and image.ndim > 2:
+            apart = corner_distance(image.shape[:3], image.get_sform(), image.get_qform())
             if apart > SAME_PLACE * min(header.get_zooms()[:3]):
                 notes.append(f"its sform and its qform lie {apart:.3g} mm apart; the sform is used")
         affine[:3] *= _millimetres(header.get_xyzt_units()[0])
