@@ -73,13 +73,14 @@ RANGES: dict[str, Range] = {
     "val_fraction": Range(0, 1, with_low=False, with_high=False),
 }
 # Of knobs that a config leaves null or computes, what they may be.
-PATHS = ("cache_dir", "ckpt_dir", "dataset_dir", "output_dir")
+PATHS = ("cache_dir", "ckpt_dir", "dataset_dir", "index", "output_dir")
 WEIGHTS = ("checkpoint", "pretrained")
 EXAMPLES: dict[str, Any] = {
     **dict.fromkeys(PATHS, "FOLDER"),
     **dict.fromkeys(WEIGHTS, "MODEL.pt"),
     "device": "cpu",
     "final_learning_rate": 0.000001,
+    "group_by": "sub-[0-9]+",
     "num_train_cases": 10,
     "spacing": [1.0, 1.0, 1.0],
     "strict_stem": True,

@@ -43,11 +43,14 @@ def plan(
         Mistake: when there is nothing to train on, when modalities are mixed, or when no training fits this machine.
     """
     dataset_dir, folder = dataset_dir() if callable(dataset_dir) else dataset_dir, Path(output_dir).absolute()
-    given = {"contrasts": contrasts, "group_by": group_by}
+    given = {"contrasts": contrasts, "group_by": group_by, "val_fraction": val_fraction}
     cohort = look_at(dataset_dir, index, val_fraction, contrasts, group_by)
     settings = {
         "dataset_dir": (str(Path(str(dataset_dir)).absolute()), f"{len(cohort.kept)} volumes that can be used"),
-        "index": (str(index.path), "what is known of them: training does not read them again to check them"),
+        "index": (
+            str(Path(index.path).absolute()),
+            "what is known of them, so that training need not read them",
+        ),
         **{name: (value, "as it was given") for name, value in given.items() if value is not None},
         **about_volumes(cohort),
         **about_network(cohort, device, folder),

@@ -46,7 +46,7 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
     held_out = max(1, min(VALIDATED, len(chosen) - 1))
     with tempfile.TemporaryDirectory(prefix="plan_") as folder:
         datalist = Path(folder, "cases.json")
-        items = [{"image": case["image"]} for case in chosen]
+        items = [{"image": _absolute(case["image"])} for case in chosen]
         datalist.write_text(json.dumps({"training": items[held_out:], "validation": items[:held_out]}))
         configs = [str(bundle_root() / "configs" / "train.yaml"), str(overlay)]
         knobs = {"dataset_dir": datalist, "output_dir": Path(folder, "run"), "max_epochs": EPOCHS}
@@ -62,6 +62,10 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
         raise Mistake(f"the training that was tried ended with status {code}:\n{output[-2000:]}")
     validation = max(0.0, seconds[2] - seconds[1]) / held_out
     return Trial(seconds[1] / ITERATIONS, validation, memory, device_memory)
+
+
+def _absolute(image: str | list[str]) -> str | list[str]:
+    return [str(Path(file).absolute()) for file in image] if isinstance(image, list) else str(Path(image).absolute())
 
 
 def places(number: int) -> list[int]:
