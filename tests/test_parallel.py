@@ -63,11 +63,10 @@ STEPS = {
 
 
 @pytest.mark.parametrize(
-    ("configs", "settings"),
-    [(PLAIN, {"learning_rate": 1e-3}), (CONDUCTOR, {"learning_rate": 1e-4})],
+    ("configs", "settings", "accumulation"),
+    [(PLAIN, {"learning_rate": 1e-3}, 2), (CONDUCTOR, {"learning_rate": 1e-4}, 1)],
     ids=["adamw", "conductor"],
 )
-@pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_ranks_train_like_one_process_with_their_batches_together(
     volumes, tmp_path, configs, settings, accumulation
 ):

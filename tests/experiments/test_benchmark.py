@@ -33,7 +33,7 @@ def test_a_training_step_gives_every_parameter_a_gradient():
 
 @pytest.mark.slow
 def test_networks_are_measured_side_by_side(tmp_path, capsys):
-    networks("tiny", img_sizes=[32], precision="fp32", device="cpu", repeats=2, output_dir=str(tmp_path))
+    networks("tiny", img_sizes=[32], precision="fp32", device="cpu", repeats=1, output_dir=str(tmp_path))
     report = json.loads((tmp_path / "networks.json").read_text())
     rows = {(row["contestant"], row["task"]): row for row in report["rows"]}
     assert len(rows) == 3 + 1 + 3 + 2  # ours, with checkpointing, plain, ViT-MAE
