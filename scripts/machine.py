@@ -1,28 +1,46 @@
-"""What this machine, or the part of it that a container gives, has to offer."""
+"""What this machine, or the part of it that a job or a container gives, has to offer."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["cores", "free_memory"]
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def free_memory() -> int:
-    """Tell how many bytes of memory this process may still take: the machine's, or less where its group has a limit."""
+    """Tell how many bytes of memory this process may still take: the machine's, or less where a group has a limit."""
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # what the disk's cache holds is free too
         line = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")), None)
         free = int(line.split()[1]) * 1024 if line else free
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, int(most) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
-    return free
+    return min([free, *_free_in_cgroups()])
 
 
 def cores() -> int:
     """Tell how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Tell what each limit leaves: of this process's group and those above it, of either version of cgroups."""
+    own = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
+    for _, controllers, place in (line.split(":", 2) for line in own):
+        if controllers not in ("", "memory"):
+            continue
+        root = CGROUPS / controllers
+        of_version = {
+            "": ("memory.max", "memory.current"),
+            "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        }
+        folder = root / place.lstrip("/")
+        for group in (group for group in (folder, *folder.parents) if group.is_relative_to(root)):
+            most, used = (group / name for name in of_version[controllers])
+            if most.exists() and used.exists() and (limit := most.read_text().strip()).isdigit():
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cached = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
+                yield int(limit) - int(used.read_text()) + int(cached)

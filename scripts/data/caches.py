@@ -79,8 +79,10 @@ def choose_cache(
         return cache
     prepared = sum(prepared_bytes(one, spacing, img_size) for one in facts)
     stored = sum(prepared_bytes(one, None, (1, 1, 1)) for one in facts)
-    memory, folder = machine.free_memory(), Path(cache_dir).absolute()
+    folder = Path(cache_dir).absolute()
     disk = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
+    # The ranks must agree, whatever each of them finds.
+    memory, disk = (idist.all_reduce(float(free), op="MIN") for free in (machine.free_memory(), disk))
     needed = f"the {len(facts)} prepared volumes take {prepared / 1e9:.3g} GB"
     if prepared <= memory / 2:
         logger.info("%s of %.3g GB of free memory: they are kept there", needed, memory / 1e9)

@@ -120,7 +120,10 @@ def list_cases(
     """
     cases = [case for fold in find_cases(dataset_dir, contrasts, skip_invalid=True).values() for case in fold]
     if output_dir is not None:
-        source, output = Path(str(dataset_dir)).expanduser().resolve(), Path(output_dir).expanduser().resolve()
+        given = Path(str(dataset_dir)).expanduser()
+        while not given.exists():  # a pattern: what stands before its wildcards
+            given = given.parent
+        source, output = given.resolve(), Path(output_dir).expanduser().resolve()
         files = (file.parent.resolve() for case in cases for file in case_files(case))
         inside = source.is_dir() and output.is_relative_to(source)
         if inside or any(folder.is_relative_to(output) for folder in set(files)):

@@ -17,7 +17,15 @@ from .describing import PERCENTILES, Case, describe_volume
 from .index import Index
 from .reading import read_label, read_volume
 
-__all__ = ["check_cases", "check_labels", "facts_problem", "geometry_in_ras", "resampled_shape", "volume_problem"]
+__all__ = [
+    "case_problem",
+    "check_cases",
+    "check_labels",
+    "facts_problem",
+    "geometry_in_ras",
+    "resampled_shape",
+    "volume_problem",
+]
 __all__ += ["without_copies"]
 
 logger = logging.getLogger(__name__)
@@ -30,7 +38,7 @@ CT_AIR_HU = (-1100, -900)  # what surrounds a body that was cut out
 CT_TISSUE_BELOW_HU = 600  # nine tenths of a body's voxels are below
 PLAUSIBLE_MM = (1e-3, 100.0)  # beyond any microscope's and any scanner's voxels: the header has another unit, or none
 MOST_VOXELS = 2**31  # beyond, sampling grids overflow, and few machines hold the volume as float32
-EQUAL_NEIGHBOURS = 0.6  # share of the neighbours in a label map that are equal; up to 0.13 in images of 8 bits
+EQUAL_NEIGHBOURS = 0.5  # share of the neighbours in a label map that are equal; up to 0.13 in images of 8 bits
 MIN_CONTRAST = 0.1  # share of the intensity window that padding must leave to the rest
 
 
@@ -57,7 +65,7 @@ def check_cases(
     """
     described = (index or Index(None)).describe(cases)
     arguments = (modality, in_chans, spacing)
-    problems = [_case_problem(case, facts, *arguments) for case, facts in zip(cases, described, strict=True)]
+    problems = [case_problem(case, facts, *arguments) for case, facts in zip(cases, described, strict=True)]
     found = {_name(case): problem for case, problem in zip(cases, problems, strict=True) if problem}
     if found and not skip_invalid:
         raise Mistake(
@@ -114,7 +122,8 @@ def _listing(problems: dict[str, str]) -> str:
     return "".join(f"\n  {path}: {problem}" for path, problem in problems.items())
 
 
-def _case_problem(case: Case, facts: Facts, modality: str, *arguments: Any) -> str | None:
+def case_problem(case: Case, facts: Facts, modality: str, *arguments: Any) -> str | None:
+    """Say why a case cannot be used, by its DICOM header or as :func:`facts_problem`, whose arguments these are."""
     if (scanner := case.get("modality")) and scanner.lower() != modality:
         return f"is {scanner} by its header, where modality is {modality}"
     return facts_problem(facts, modality, *arguments)

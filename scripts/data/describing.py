@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +17,10 @@ __all__ = ["PERCENTILES", "Case", "describe_image", "describe_volume"]
 
 Case = dict[str, Any]
 
-PERCENTILES = (0.5, 10.0, 50.0, 90.0, 99.5)  # the first and the last are the intensity window of MR
+PERCENTILES = (0.5, 2.0, 10.0, 50.0, 90.0, 99.5)  # the first and the last are the intensity window of MR
 FEW_VALUES = 8  # a label map has few whole numbers; an image, however coarse, has more
 MIN_PADDING = 0.005  # share of the voxels, from which on the smallest or largest value is padding
+BEYOND_PADDING = 0.001  # share of the voxels that may lie beyond it
 SAMPLE = 2**13  # voxels that percentiles are taken of: to a few tenths of a percent of the voxels
 
 
@@ -33,8 +35,14 @@ def describe_volume(case: Case) -> dict[str, Any]:
         image = read_volume(case["image"])
     except Exception as error:  # readers fail in many ways; each is a volume that cannot be used
         return {"problem": str(error) if isinstance(error, Mistake) else f"cannot be read ({reason(error)})"}
-    content = repr(tuple(image.shape)).encode() + image.as_tensor().numpy().tobytes()
-    return {"notes": image.meta["notes"], "hash": hashlib.sha256(content).hexdigest()[:32], **describe_image(image)}
+    facts = describe_image(image)
+    if "problem" in facts:
+        return facts
+    voxels = np.moveaxis(image.as_tensor().numpy(), 0, -1)
+    if facts["axes"] != "RAS":  # so that a volume and its copy in another order of axes are one
+        voxels = orientations.apply_orientation(voxels, orientations.io_orientation(image.affine.numpy()))
+    content = repr(voxels.shape).encode() + np.ascontiguousarray(voxels).tobytes()
+    return {"notes": image.meta["notes"], "hash": hashlib.sha256(content).hexdigest()[:32], **facts}
 
 
 def describe_image(image: MetaTensor) -> dict[str, Any]:
@@ -42,8 +50,8 @@ def describe_image(image: MetaTensor) -> dict[str, Any]:
 
     The latter are ``shape`` ``[C, D, H, W]`` and, of each of the ``channels``: ``min``, ``max`` and ``not_finite``;
     ``padding``, the shares of the voxels with the smallest or largest value, where that is padding; ``percentiles`` of
-    all and ``seen`` of all but padding; ``lowest`` but padding; ``values``, if they are few; and the share of ``equal``
-    neighbours, if all are whole numbers.
+    all and ``seen`` of all but padding; ``lowest``, which beside padding is the second percentile of what lies off it;
+    ``values``, if they are few; and the share of ``equal`` neighbours, if all are whole numbers.
     """
     affine, voxels = image.affine.numpy(), image.as_tensor().numpy()
     facts = {"shape": list(voxels.shape), "affine": affine.round(6).tolist()}
@@ -69,19 +77,32 @@ def _describe_channel(voxels: np.ndarray) -> dict[str, Any]:
     sample = np.sort(_sampled(voxels))
     firsts = np.flatnonzero(np.concatenate([[True], sample[1:] != sample[:-1]]))  # of each value, in its order
     counts = np.diff(np.append(firsts, len(sample)))
-    ends = [end for end in (0, -1) if counts[end] >= MIN_PADDING * len(sample) and len(firsts) > 2]
-    start, stop = firsts[1] if 0 in ends else 0, firsts[-1] if -1 in ends else len(sample)
+    below, above = _padding(firsts, counts)
+    start, stop = firsts[below] + counts[below] if below is not None else 0, None if above is None else firsts[above]
+    ends = [end for end in (below, above) if end is not None]
     padding = {str(float(sample[firsts[end]])): round(float(counts[end]) / len(sample), 4) for end in ends}
-    lowest = low
-    if 0 in ends and sample[0] == low:
-        lowest = float(voxels.min(where=voxels > low, initial=np.inf))
-    facts |= {"min": low, "max": high, "lowest": lowest, "padding": padding}
-    facts |= {"percentiles": _percentiles(sample), "seen": _percentiles(sample[start:stop])}
+    seen = _percentiles(sample[start:stop])
+    facts |= {"min": low, "max": high, "padding": padding, "percentiles": _percentiles(sample), "seen": seen}
+    facts["lowest"] = low if below is None else _lowest_off(voxels, sample[firsts[below]])
     values = sample[firsts]
     if np.array_equal(values, values.round()):
         facts |= {"values": values.tolist() if len(values) <= FEW_VALUES else None}
-        facts["equal"] = round(_equal_neighbours(voxels, values[counts.argmax()]), 4)
+        inner = np.delete(np.arange(len(values)), ends)
+        background = [*values[ends], values[inner[counts[inner].argmax()]]]
+        facts["equal"] = round(_equal_neighbours(voxels, background), 4)
     return facts
+
+
+def _padding(firsts: np.ndarray, counts: np.ndarray) -> tuple[int | None, int | None]:
+    """Find the values of padding at both ends: frequent ones, beyond which there is next to nothing."""
+    size = counts.sum()
+    frequent = np.flatnonzero(counts >= MIN_PADDING * size)
+    if len(firsts) < 3 or not len(frequent):
+        return None, None
+    below, above = int(frequent[0]), int(frequent[-1])
+    has_below = firsts[below] <= BEYOND_PADDING * size
+    has_above = above != below and size - firsts[above] - counts[above] <= BEYOND_PADDING * size
+    return below if has_below else None, above if has_above else None
 
 
 def _sampled(voxels: np.ndarray) -> np.ndarray:
@@ -99,12 +120,20 @@ def _percentiles(ordered: np.ndarray) -> list[float]:
     return (below + (places % 1) * (ordered[np.ceil(places).astype(int)] - below)).tolist()
 
 
-def _equal_neighbours(voxels: np.ndarray, background: float) -> float:
-    """Tell the share of neighbours within slices that are equal, of those that are not both background."""
+def _lowest_off(voxels: np.ndarray, padding: float) -> float:
+    """Tell the second percentile of what lies off padding, without its edge, which resampling blurs."""
+    slices = voxels[:, :, :: max(1, voxels.shape[2] // 8)]
+    near = np.pad(slices <= padding, ((1, 1), (1, 1), (0, 0)))
+    near = near[1:-1, 1:-1] | near[2:, 1:-1] | near[:-2, 1:-1] | near[1:-1, 2:] | near[1:-1, :-2]
+    return float(np.percentile(slices[~near], 2)) if not near.all() else float(padding)
+
+
+def _equal_neighbours(voxels: np.ndarray, background: Sequence[float]) -> float:
+    """Tell the share of neighbours within slices that are equal, of those that are not both of a background."""
     slices = voxels[:, :, :: max(1, voxels.shape[2] // 8)]
     equal = pairs = 0
     for one, other in ((slices[1:], slices[:-1]), (slices[:, 1:], slices[:, :-1])):
-        same, both = one == other, one == background
+        same, both = one == other, np.isin(one, background)
         equal += int((same & ~both).sum())
         pairs += int(same.size - (same & both).sum())
     return equal / max(1, pairs)

@@ -18,6 +18,7 @@ __all__ = ["Series", "find_series", "is_dicom", "read_series"]
 SUFFIXES = (".dcm", ".ima", ".dicom")
 SAME_POSITION = 1e-3  # mm
 EVEN = 0.01  # share that the distance of two slices may differ from the usual one
+SIDEWAYS = 0.1  # voxels that a slice may be off the line of the others
 HEADER = ["SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "ImageType"]
 HEADER += ["ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber", "Rows", "NumberOfFrames"]
 # Classes of pictures of other things than what was scanned.
@@ -40,12 +41,12 @@ def is_dicom(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return True
-    if (suffix and not suffix[1:].isdigit()) or not path.is_file():
+    if suffix and not suffix[1:].isdigit():
         return False
     try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except OSError:  # a folder, or what may not be read
         return False
 
 
@@ -54,19 +55,26 @@ def find_series(files: Iterable[Path]) -> tuple[list[Series], Counter[str]]:
 
     Returns:
         The series, and how many files are passed over, by reason: those that are no images, localizers, and
-        screenshots (secondary captures). What is wrong with a series of images is found when it is read.
+        screenshots (secondary captures). What is wrong with a series is found when it is read; a file that cannot be
+        read is one of its slices, so that none is used without.
     """
     groups: dict[str, list[tuple[Path, pydicom.Dataset]]] = defaultdict(list)
     passed_over: Counter[str] = Counter()
+    unreadable: list[Path] = []
     for path in sorted(files):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=HEADER)
         except (InvalidDicomError, OSError, EOFError, KeyError, ValueError):
-            header = pydicom.Dataset()
+            unreadable.append(path)
+            continue
         if why := _passed_over(header):
             passed_over[why] += 1
         else:
             groups[str(header.get("SeriesInstanceUID", path.parent))].append((path, header))
+    for path in unreadable:  # a slice, it may be, of any series in its folder, none of which is whole without it
+        beside = [its for its in groups.values() if any(member.parent == path.parent for member, _ in its)]
+        for its in beside or [groups[str(path.parent)]]:
+            its.append((path, pydicom.Dataset()))
     return [_series(uid, its) for uid, its in groups.items()], passed_over
 
 
@@ -94,6 +102,7 @@ def read_series(files: Path | Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
             f"has pixels that cannot be decoded, stored as {syntax} ({reason(error)}); `pip install python-gdcm` "
             "decodes most, and dcm2niix converts them"
         ) from error
+    voxels = voxels.reshape(*voxels.shape, *[1] * (3 - voxels.ndim))  # a single slice has no third axis
     return voxels.astype(np.float32)[None], np.asarray(meta["affine"], dtype=np.float64)
 
 
@@ -119,7 +128,7 @@ def _series(uid: str, members: list[tuple[Path, pydicom.Dataset]]) -> Series:
         return (_along_normal(header) or 0.0, float(header.get("InstanceNumber") or 0), str(path))
 
     ordered = sorted(members, key=place)
-    header = ordered[0][1]
+    header = max((header for _, header in ordered), key=len)
     files = tuple(str(path) for path, _ in ordered)
     about = [str(header.get(name, "")) for name in ("Modality", "PatientID", "StudyInstanceUID")]
     return Series(files, uid, *about)
@@ -157,6 +166,10 @@ def _stacked(slices: list[pydicom.Dataset]) -> list[pydicom.Dataset]:
     slices = sorted(slices, key=_along_normal)
     places = np.array([_along_normal(one) for one in slices])
     _check_gaps(places)
+    positions = np.array([one.ImagePositionPatient for one in slices], dtype=float)
+    line = np.linspace(positions[0], positions[-1], len(positions))
+    if (off := np.linalg.norm(positions - line, axis=1).max()) > SIDEWAYS * np.min(slices[0].get("PixelSpacing", 1)):
+        raise Mistake(f"has slices that do not lie behind one another: one is {off:.3g} mm off the line of the others")
     for number, one in enumerate(slices, start=1):
         one.InstanceNumber = number
     return slices

@@ -1,5 +1,6 @@
 """What is known of each volume of a cohort: read once, remembered beside the run, brought up to date at every start."""
 
+import glob
 import hashlib
 import json
 import logging
@@ -15,12 +16,13 @@ from tqdm import tqdm
 from .. import machine, parallel
 from .describing import Case, describe_volume
 from .dicom import is_dicom
+from .reading import data_files
 
 __all__ = ["Index", "case_files", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-HEADERS, HALVES = (".mhd", ".nhdr", ".img"), (".hdr", ".raw", ".zraw", ".raw.gz")
+HEADERS, HALVES = (".mhd", ".nhdr", ".img", ".img.gz"), (".hdr", ".hdr.gz")
 VERSION = 1  # of what is known of a volume; another one is read again
 
 
@@ -38,23 +40,34 @@ class Index:
 
     def __init__(self, path: str | Path | None, pretrained: str | Path | None = None, num_workers: int = 0) -> None:
         self.path, self.num_workers = None if path is None else Path(path), num_workers
-        files = [] if pretrained is None else [Path(pretrained).absolute().parents[1] / "index.jsonl"]
+        files = [] if pretrained is None else [Path(pretrained).absolute().parent.parent / "index.jsonl"]
         self.lines: dict[str, dict[str, Any]] = {}
+        self.keys: dict[str, str] = {}
         for file in (*files, *([] if self.path is None else [self.path])):
-            for part in sorted(file.parent.glob(f"{file.stem}*{file.suffix}")):
+            stem, suffix = glob.escape(file.stem), glob.escape(file.suffix)
+            for part in (file, *sorted(file.parent.glob(f"{stem}.[0-9]*{suffix}"))):
                 self.lines |= _read_lines(part)
 
     def describe(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """Tell what is known of each case, after what is new or changed was read; the ranks share that work."""
-        keys = [fingerprint(case_files(case)) for case in cases]
+        rank, ranks = idist.get_rank(), idist.get_world_size()
+        keys = [self._key(case) for case in cases]
         unknown = {key: case for key, case in zip(keys, cases, strict=True) if key not in self.lines}
+        # The ranks may have found different lines, as one of them was writing: they read what any of them lacks.
+        lacking = {key for part in idist.all_gather(list(unknown)) for key in part} if ranks > 1 else unknown.keys()
+        unknown = {key: case for key, case in zip(keys, cases, strict=True) if key in lacking}
         if unknown:
             logger.info("reading %d of %d volumes, the others are known", len(unknown), len(cases))
-        rank, ranks = idist.get_rank(), idist.get_world_size()
         found = self._read([*unknown.items()][rank::ranks])
         for part in idist.all_gather(found) if ranks > 1 else [found]:
             self.lines |= part
         return [self.lines[key] for key in keys]
+
+    def _key(self, case: Case) -> str:
+        image = repr(case["image"])
+        if image not in self.keys:  # once a process: a cohort may have millions of slices
+            self.keys[image] = fingerprint(case_files(case))
+        return self.keys[image]
 
     def _read(self, cases: Sequence[tuple[str, Case]]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -96,7 +109,8 @@ def case_files(case: Case, keys: Iterable[str] = ("image",)) -> list[Path]:
         for path in map(Path, paths if isinstance(paths, list | tuple) else [paths]):
             files += sorted(filter(is_dicom, path.iterdir())) if path.is_dir() else [path]
             if path.name.lower().endswith(HEADERS):
-                files += [half for suffix in HALVES if (half := path.with_suffix(suffix)).is_file()]
+                halves = {path.with_suffix(suffix) for suffix in HALVES} | {*data_files(path)}
+                files += sorted(half for half in halves if half.is_file())
     return files
 
 
@@ -110,13 +124,17 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 
 def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    lines = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines: dict[str, dict[str, Any]] = {}
+    if not path.is_file():
+        return lines
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             about = json.loads(line)
             about.pop("case", None)  # which is for readers
-            lines[about.pop("key")] = about
-        except (json.JSONDecodeError, KeyError):  # noqa: PERF203 (empty, or cut off when its run was killed)
+            key = about.pop("key")
+            if "problem" not in about:  # which may be gone: the file system's, or a decoder that was not installed
+                lines[key] = about
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):  # noqa: PERF203 (empty, or cut off when its run was killed)
             continue
     return lines
 

@@ -48,7 +48,8 @@ def warn_of_seen(cases: list[Case], index: Index, weights: str | Path | None, wh
 def _seen(weights: str | Path | None) -> dict[str, Any]:
     record = None if weights is None else Path(weights).with_suffix(".json")
     content = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.is_file() else {}
-    return {"salt": "", "hashes": []} | content.get("seen", {})
+    seen = content.get("seen") if isinstance(content, dict) else None  # it may be another tool's
+    return {"salt": "", "hashes": []} | (seen if isinstance(seen, dict) else {})
 
 
 def _salted(content: str, salt: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from nibabel import orientations
+from nibabel.spatialimages import HeaderDataError
 
 from ..mistakes import Mistake, reason
 from . import dicom
@@ -45,7 +46,7 @@ def read_volume(files: str | Path | Sequence[str | Path]) -> MetaTensor:
         Mistake: that says why there is no volume of plain numbers in it.
     """
     several = isinstance(files, list | tuple)
-    if several and not dicom.is_dicom(Path(files[0])):
+    if several and (Path(files[0]).is_dir() or not dicom.is_dicom(Path(files[0]))):
         first, *others = [_read_one(Path(file)) for file in files]
         channels = torch.cat([first, *(_on_grid_of(first, other) for other in others)])
         notes = [f"{file}: {note}" for file, one in zip(files, (first, *others), strict=True) for note in _notes(one)]
@@ -83,7 +84,8 @@ def corner_distance(shape: Sequence[int], affine: np.ndarray, other: np.ndarray)
 
 
 def _read_one(path: Path | list[Path]) -> MetaTensor:
-    if isinstance(path, list) or path.is_dir():
+    if isinstance(path, list) or path.is_dir() or dicom.is_dicom(path):
+        path = [path] if isinstance(path, Path) and path.is_file() else path
         voxels, affine, name, notes = *dicom.read_series(path), str(path if isinstance(path, Path) else path[0]), []
     else:
         _check_file(path)
@@ -119,10 +121,12 @@ def _read_by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     affine = np.array(image.affine, dtype=np.float64)
     if isinstance(header, nib.Nifti1Header):
         if header["qform_code"] > 0 and header["sform_code"] > 0 and image.ndim > 2:
-            apart = corner_distance(image.shape[:3], image.get_sform(), image.get_qform())
-            if apart > SAME_PLACE * min(header.get_zooms()[:3]):
-                notes.append(f"its sform and its qform lie {apart:.3g} mm apart; the sform is used")
-        affine[:3] *= _millimetres(header.get_xyzt_units()[0])
+            notes += _form_notes(image)
+        try:
+            unit = header.get_xyzt_units()[0]
+        except KeyError as error:
+            raise Mistake(f"has a unit of voxel sizes that NIfTI does not know, {header['xyzt_units']}") from error
+        affine[:3] *= _millimetres(unit)
     elif not isinstance(image, nib.MGHImage):
         raise Mistake("is ANALYZE 7.5, which does not say what is left and right: convert it to NIfTI")
     with np.errstate(over="ignore"):  # what becomes infinite is refused for that
@@ -135,11 +139,22 @@ def _read_by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return np.moveaxis(voxels, -1, 0), affine, notes
 
 
+def _form_notes(image: nib.Nifti1Image) -> list[str]:
+    try:
+        qform = image.get_qform()
+    except (ValueError, HeaderDataError):
+        return ["its qform is damaged; the sform is used"]
+    apart = corner_distance(image.shape[:3], image.get_sform(), qform)
+    if apart <= SAME_PLACE * min(image.header.get_zooms()[:3]):
+        return []
+    return [f"its sform and its qform lie {apart:.3g} mm apart; the sform is used"]
+
+
 def _read_by_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     header = _text_header(path)
-    for name in _data_files(path, header):
-        if not (path.parent / name).is_file():
-            raise Mistake(f"its voxels should be in {name}, which is not there")
+    for file in data_files(path, header):
+        if not file.is_file():
+            raise Mistake(f"its voxels should be in {file.name}, which is not there")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(next(name for suffix, name in ITK_READERS.items() if path.name.lower().endswith(suffix)))
@@ -184,10 +199,12 @@ def _text_header(path: Path) -> dict[str, str]:
     return fields
 
 
-def _data_files(path: Path, header: dict[str, str]) -> list[str]:
-    """Tell which files beside a header hold its voxels, where it names them one by one."""
+def data_files(path: Path, header: dict[str, str] | None = None) -> list[Path]:
+    """Tell which files beside a header of NRRD or MetaImage hold its voxels, where it names one."""
+    if header is None:
+        header = _text_header(path) if path.is_file() else {}
     name = header.get("elementdatafile") or header.get("data file") or header.get("datafile") or "LOCAL"
-    return [] if name in ("LOCAL", "LIST") or "%" in name else [name]
+    return [] if name.split()[0].upper() in ("LOCAL", "LIST") or "%" in name else [path.parent / name]
 
 
 def _refuse_cut_off(path: Path, header: dict[str, str]) -> None:
@@ -196,14 +213,14 @@ def _refuse_cut_off(path: Path, header: dict[str, str]) -> None:
         return
     sizes = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
     kind = header.get("elementtype", "").removeprefix("MET_").removeprefix("U")
-    if kind not in sizes or not (names := _data_files(path, header) or [path.name])[0]:
+    if kind not in sizes or header["elementdatafile"].upper().startswith("LIST"):
         return
+    file = (data_files(path, header) or [path])[0]
     needed = sizes[kind] * int(header.get("elementnumberofchannels", 1))
     for side in header.get("dimsize", "0").split():
         needed *= int(side)
-    there = (path.parent / names[0]).stat().st_size
-    there -= int(header["_start"]) if names[0] == path.name else 0
-    if header["elementdatafile"] != "LIST" and there < needed:
+    there = file.stat().st_size - (int(header["_start"]) if file == path else 0)
+    if there < needed:
         raise Mistake(f"is cut off: {there} bytes of voxels where {needed} are needed")
 
 
@@ -232,10 +249,14 @@ def _in_place_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
     """Give a label map the axes and the affine of its image, if it lies on the very same voxels."""
     grid, place, shape = image.affine.numpy(), label.affine.numpy(), tuple(image.shape[1:])
     allowed = SAME_PLACE * np.linalg.norm(grid[:3, :3], axis=0).min()
-    turn = orientations.ornt_transform(orientations.io_orientation(place), orientations.io_orientation(grid))
-    turned = orientations.apply_orientation(label[0].numpy(), turn)
-    turned_place = place @ orientations.inv_ornt_aff(turn, label.shape[1:])
-    for voxels, affine in ((label[0].numpy(), place), (turned, turned_place)):
+    stored = [(label[0].numpy(), place)]
+    steps = np.linalg.inv(grid)[:3, :3] @ place[:3, :3]  # of the label's axes, in voxels of the image
+    axes = np.abs(steps).argmax(axis=0)
+    if sorted(axes) == [0, 1, 2]:
+        turn = np.stack([axes, np.sign(steps[axes, range(3)])], axis=1)
+        turned = orientations.apply_orientation(label[0].numpy(), turn)
+        stored.append((turned, place @ orientations.inv_ornt_aff(turn, label.shape[1:])))
+    for voxels, affine in stored:
         if voxels.shape == shape and corner_distance(shape, affine, grid) <= allowed:
             return MetaTensor(
                 torch.from_numpy(np.ascontiguousarray(voxels))[None], affine=image.affine, meta=label.meta

@@ -10,6 +10,7 @@ from nibabel import orientations
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
+from scripts.data import read_volume
 from scripts.data.dicom import find_series, is_dicom, read_series
 from scripts.mistakes import Mistake
 
@@ -140,6 +141,30 @@ def test_pixels_that_nothing_decodes_are_named_with_their_encoding(voxels, tmp_p
         one.save_as(path)
     with pytest.raises(Mistake, match="cannot be decoded, stored as MPEG2"):
         read_series(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("place", [0, 10])
+def test_a_slice_that_cannot_be_read_is_not_left_out(voxels, tmp_path, content, place):
+    write(tmp_path, slices_of(voxels))
+    (tmp_path / f"{(place * 7) % 11}.dcm").write_bytes(content)
+    (series,), passed_over = find_series(tmp_path.iterdir())
+    assert len(series.files) == 11
+    assert not passed_over
+    with pytest.raises(Mistake, match="no whole DICOM"):
+        read_series(series.files)
+
+
+def test_a_tilted_gantry_is_read_as_it_lies(voxels, tmp_path):
+    write(tmp_path, slices_of(voxels, ImagePositionPatient=lambda place: [-30, -40 + 0.5 * place, 2.5 * place]))
+    _, affine = read_series(tmp_path)
+    np.testing.assert_allclose(affine[:3, 2], [0, -0.5, 2.5], atol=1e-6)
+
+
+def test_one_file_is_told_what_it_is(voxels, tmp_path):
+    folder = write(tmp_path / "folder.dcm", slices_of(voxels))
+    assert read_volume(folder).shape == read_volume([folder])[:1].shape == (1, *voxels.shape)
+    assert read_volume(folder / "0.dcm").shape == (1, *voxels.shape[:2], 1)
 
 
 def test_a_file_that_is_cut_off_is_named(voxels, tmp_path):

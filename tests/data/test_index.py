@@ -75,10 +75,56 @@ def test_what_is_known_is_what_lies_in_the_file(tmp_path):
     assert facts["axes"] == "ALS"
     (channel,) = facts["channels"]
     assert channel["padding"] == {"-50.0": 0.2}
-    np.testing.assert_allclose(channel["percentiles"], np.percentile(voxels, (0.5, 10, 50, 90, 99.5)), rtol=1e-5)
-    np.testing.assert_allclose(channel["seen"], np.percentile(voxels[4:], (0.5, 10, 50, 90, 99.5)), rtol=1e-5)
-    assert channel["lowest"] == voxels[4:].min()
+    np.testing.assert_allclose(channel["percentiles"], np.percentile(voxels, (0.5, 2, 10, 50, 90, 99.5)), rtol=1e-5)
+    np.testing.assert_allclose(channel["seen"], np.percentile(voxels[4:], (0.5, 2, 10, 50, 90, 99.5)), rtol=1e-5)
+    np.testing.assert_allclose(channel["lowest"], np.percentile(voxels[5:, :, :], 2), rtol=0.05)
     json.dumps(facts)
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path, counted):
+    cases = cohort_of(tmp_path / "data")
+    whole = (tmp_path / "data" / "c2.nii.gz").read_bytes()
+    about = (tmp_path / "data" / "c2.nii.gz").stat()
+    (tmp_path / "data" / "c2.nii.gz").write_bytes(bytes(len(whole)))
+    os.utime(tmp_path / "data" / "c2.nii.gz", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert "problem" in Index(tmp_path / "index.jsonl").describe(cases)[2]
+    (tmp_path / "data" / "c2.nii.gz").write_bytes(whole)
+    os.utime(tmp_path / "data" / "c2.nii.gz", ns=(about.st_atime_ns, about.st_mtime_ns))
+    counted.clear()
+    assert "problem" not in Index(tmp_path / "index.jsonl").describe(cases)[2]
+    assert counted == ["c2"]
+
+
+@pytest.mark.parametrize("name", ["index.jsonl", "idx", "[y].jsonl"])
+def test_foreign_lines_and_files_beside_an_index_do_no_harm(tmp_path, counted, name):
+    cases, path = cohort_of(tmp_path / "data"), tmp_path / "run" / name
+    Index(path).describe(cases)
+    (tmp_path / "run" / f"{path.stem}_old").mkdir()
+    with path.open("ab") as file:
+        file.write(b'3\n[1]\n{"key": 3}\n\xff\xfe\nnull\n')
+    counted.clear()
+    Index(path, "/m.pt").describe(cases)
+    assert counted == []
+
+
+def test_ranks_that_found_different_lines_read_what_any_of_them_lacks(tmp_path, monkeypatch):
+    cases = cohort_of(tmp_path / "data")
+    full = Index(tmp_path / "index.jsonl")
+    expected = full.describe(cases)
+    theirs = {"c1", "c2"}
+    monkeypatch.setattr("scripts.data.index.idist.get_world_size", lambda: 2)
+    monkeypatch.setattr("scripts.data.index.idist.get_rank", lambda: 1)
+    late = Index(None)
+    keys = {case["case"]: late._key(case) for case in cases}
+    calls = iter([[[keys[name] for name in theirs], list(keys.values())], None])
+
+    def gather(mine):
+        answer = next(calls)
+        # The other rank reads every other one of those that any of the two lacks, as this one does.
+        return answer or [{key: facts for key, facts in full.lines.items() if key not in mine}, mine]
+
+    monkeypatch.setattr("scripts.data.index.idist.all_gather", gather)
+    assert late.describe(cases) == expected
 
 
 def test_several_processes_find_what_one_does(tmp_path):
@@ -141,6 +187,14 @@ def test_the_same_voxels_under_two_names_are_one_case(tmp_path, caplog):
     assert "z_copy.nii: its voxels are those of" in caplog.text
 
 
+def test_a_copy_in_another_order_of_axes_is_a_copy(tmp_path):
+    affine = np.array([[0, -2.0, 0, 1], [3, 0, 0, 2], [0, 0, 4, 3], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.random.default_rng(0).random((20, 30, 10), np.float32), affine)
+    nib.save(image, tmp_path / "a.nii")
+    nib.save(nib.as_closest_canonical(image), tmp_path / "b.nii")
+    assert len({describe_volume({"image": str(tmp_path / name)})["hash"] for name in ("a.nii", "b.nii")}) == 1
+
+
 def test_weights_know_what_they_saw_and_what_those_before_them_did(tmp_path, caplog):
     index, cases = Index(None), cohort_of(tmp_path / "data", 5)
     first = provenance(cases[:2], index)
@@ -153,7 +207,9 @@ def test_weights_know_what_they_saw_and_what_those_before_them_did(tmp_path, cap
         assert warn_of_seen(cases[1:], index, tmp_path / "tuned.pt") == cases[1:]
     assert "2 of 4 validation volumes were seen in the training of" in caplog.text
     caplog.clear()
-    for weights in (None, tmp_path / "unknown.pt"):
+    (tmp_path / "foreign.json").write_text("[1]")
+    (tmp_path / "empty.json").write_text('{"seen": null}')
+    for weights in (None, *(tmp_path / f"{name}.pt" for name in ("unknown", "foreign", "empty"))):
         assert warn_of_seen(cases, index, weights) == cases
     assert caplog.text == ""
 

@@ -246,6 +246,25 @@ def test_a_label_on_the_very_voxels_is_used_however_it_is_stored(tmp_path):
     np.testing.assert_array_equal(moved.affine.numpy(), LPS)
 
 
+@pytest.mark.parametrize("angle", [0.3, np.pi / 4, 1.0])
+def test_axes_are_matched_on_oblique_grids_too(tmp_path, angle):
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    label, grid = (volume() > 60).astype(np.uint8), turn @ np.diag([2.0, 2.0, 3.0, 1.0])
+    for axes in ((0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)):
+        columns = [*axes, 3]
+        assert np.array_equal(label_of(tmp_path, label.transpose(axes), grid[:, columns], grid)[0], label)
+
+
+def test_a_damaged_qform_does_not_cost_a_sound_sform(tmp_path):
+    path = with_forms(tmp_path / "a.nii", volume(), LPS, LPS, (2, 3, 4))
+    content = bytearray(path.read_bytes())
+    content[256:264] = struct.pack("<2f", 1, 1)
+    path.write_bytes(bytes(content))
+    same(path, volume(), LPS)
+    assert describe_volume({"image": str(path)})["notes"] == ["its qform is damaged; the sform is used"]
+
+
 def test_labels_are_rounded_where_a_scale_factor_blurs_them_and_else_must_be_whole(tmp_path):
     one = (volume() > 60).astype(np.uint8)
     for scaled in (one * 0.9999999, one * 1.00000006, one / 255 * 255):
@@ -272,6 +291,25 @@ def test_stored_values_are_no_hounsfield_units_whatever_the_padding(tmp_path, pa
     raw = np.where(corner, padding, hounsfield + 1024).astype(np.int16)
     assert "is not in Hounsfield units" in problem_of(tmp_path, raw, "ct")
     assert problem_of(tmp_path, np.where(corner, padding, hounsfield).astype(np.float32), "ct") is None
+
+
+def test_the_blurred_edge_of_padding_is_no_air(tmp_path):
+    hounsfield, corner = ball(40, -1000, shape=(64, 64, 16))
+    for voxels in (hounsfield + 1024, hounsfield):
+        padded = np.where(corner, -2000.0, voxels)
+        blurred = 0.5 * (padded[:-1] + padded[1:])
+        blurred[0, 0, 0] = -2001
+        problem = problem_of(tmp_path, blurred.astype(np.int16), "ct")
+        assert (problem is None) == (voxels is hounsfield)
+
+
+def test_a_limb_in_clipped_air_is_no_label_map(tmp_path):
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, side) for side in (80, 80, 20)), indexing="ij")
+    noise = np.random.default_rng(0).normal(0, 20, x.shape)
+    limb = np.where(x**2 + y**2 < 0.03, 60 + noise, -1024)
+    voxels = np.where(x**2 + y**2 > 0.95, -3024, limb).round().astype(np.int16)
+    voxels[38:42, 38:42, 10] = -300  # gas
+    assert "label map" not in str(problem_of(tmp_path, voxels, "ct"))
 
 
 def test_a_body_that_was_cut_out_of_a_ct_is_used(tmp_path):

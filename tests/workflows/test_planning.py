@@ -80,9 +80,24 @@ def test_a_cohort_is_described_without_its_copies_and_what_cannot_be_used(tmp_pa
     assert sorted(case["case"] for fold in cohort.folds.values() for case in fold) == ["c0", "c1", "c2", "c3", "c4"]
 
 
+def test_what_can_be_used_as_neither_has_no_vote_on_the_modality(tmp_path):
+    for number in range(3):
+        ct(tmp_path / f"ct_{number}.nii.gz", number)
+    nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / "constant.nii")
+    nib.save(
+        nib.Nifti1Image((np.arange(729).reshape(9, 9, 9) // 300).astype(np.int16), np.eye(4)), tmp_path / "map.nii"
+    )
+    clipped = np.where(nib.load(tmp_path / "ct_0.nii.gz").get_fdata() < -500, -1000, 40).astype(np.int16)
+    clipped += (np.random.default_rng(0).normal(0, 9, clipped.shape) * (clipped > -500)).astype(np.int16)
+    nib.save(nib.Nifti1Image(clipped, np.eye(4)), tmp_path / "masked.nii")
+    cohort = look_at(tmp_path, Index(None), 0.2)
+    assert cohort.modality == "ct"
+    assert sorted(case["case"] for case in cohort.kept) == ["ct_0", "ct_1", "ct_2", "masked"]
+
+
 def test_none_that_can_be_read_is_said(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"nothing")
-    with pytest.raises(Mistake, match="none of the 1 volumes can be read:\n  broken: cannot be read"):
+    with pytest.raises(Mistake, match="none of the 1 volumes can be used:\n  broken: cannot be read"):
         look_at(tmp_path, Index(None), 0.2)
 
 

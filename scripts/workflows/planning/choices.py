@@ -54,8 +54,11 @@ def about_volumes(cohort: Cohort) -> Settings:
     unusable = len(cohort.problems) - cohort.problems.count(None)
     if cohort.channels > 1:
         settings["in_chans"] = (cohort.channels, "channels that most volumes have")
-    if unusable:
-        settings["skip_invalid"] = (True, f"{unusable} volumes cannot be used: they are listed above the plan's costs")
+    if unusable or not cohort.complete:
+        settings["skip_invalid"] = (
+            True,
+            f"{unusable} volumes cannot be used" + ("" if cohort.complete else ", and cases lack a channel"),
+        )
     return settings
 
 
@@ -66,6 +69,7 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
     name = "small" if not on_gpu else "medium" if num_training < 500 else "base"
     size = SIZES[name]
     spacing, why = spacing_of(facts)
+    before = math.inf
     while True:
         shape = np.median([resampled_shape(one, spacing) for one in facts], axis=0)
         grid = grid_of(shape, size.patch_size, size.tokens)
@@ -78,6 +82,11 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
                 cache = choose_cache("auto", facts, spacing, crop, folder / "cache")
                 break
             except Mistake:
+                prepared = sum(prepared_bytes(one, spacing, crop) for one in facts)
+                if prepared >= before:  # they are padded to a crop by now
+                    cache = "none"
+                    break
+                before = prepared
                 factor, reason_ = 1.25, "coarser, so that the prepared volumes fit in memory or on the disk"
         spacing = [float(f"{side * factor:.3g}") for side in own]
         why = why if reason_ in why else f"{why.removesuffix(': they stay as they are')}; {reason_}"

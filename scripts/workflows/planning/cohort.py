@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data import Case, Index, facts_problem, find_cases, group_cases, split_cases, without_copies
+from ...data import Case, Index, case_problem, find_cases, group_cases, split_cases, without_copies
 from ...mistakes import Mistake
 
 __all__ = ["Cohort", "cohort_modality", "look_at"]
@@ -25,6 +25,7 @@ class Cohort:
     kept: list[Case]  # those that can be used, each volume once
     facts: list[Facts]  # of each of those
     folds: dict[str, list[Case]]  # the same, as training divides them
+    complete: bool  # whether no case lacks a channel
 
 
 def look_at(
@@ -36,13 +37,15 @@ def look_at(
 ) -> Cohort:
     """Find and describe the volumes of a dataset; arguments as of :func:`~bertswin_mae.data.prepare_cases`."""
     folds = find_cases(dataset_dir, contrasts, skip_invalid=True)
+    complete = _is_complete(dataset_dir, contrasts)
     if group_by is not None:
         folds = {fold: group_cases(its, group_by) for fold, its in folds.items()}
     cases = [case for fold in folds.values() for case in fold]
     described = index.describe(cases)
     modality = cohort_modality(cases, described)
     channels = Counter(facts["shape"][0] for facts in described if "shape" in facts).most_common(1)[0][0]
-    problems = [facts_problem(facts, modality, channels) for facts in described]
+    pairs = zip(cases, described, strict=True)
+    problems = [case_problem(case, facts, modality, channels) for case, facts in pairs]
     usable = [(case, facts) for case, facts, problem in zip(cases, described, problems, strict=True) if not problem]
     if not usable:
         raise Mistake(f"none of the {len(cases)} volumes can be used, the first one, {cases[0]['case']}: {problems[0]}")
@@ -51,7 +54,15 @@ def look_at(
     folds = {fold: [case for case in its if case["case"] in names] for fold, its in folds.items()}
     folds = folds if "validation" in folds else split_cases(folds["training"], val_fraction)
     facts = [facts for case, facts in usable if case["case"] in names]
-    return Cohort(cases, problems, modality, channels, kept, facts, folds)
+    return Cohort(cases, problems, modality, channels, kept, facts, folds, complete)
+
+
+def _is_complete(dataset_dir: str | Path, contrasts: str | Sequence[str] | None) -> bool:
+    try:
+        find_cases(dataset_dir, contrasts)
+    except Mistake:
+        return False
+    return True
 
 
 def cohort_modality(cases: Sequence[Case], described: Sequence[Facts]) -> str:
@@ -61,20 +72,15 @@ def cohort_modality(cases: Sequence[Case], described: Sequence[Facts]) -> str:
         Mistake: when there are both, with names of each; or when no volume can be read.
     """
     found: dict[str, list[str]] = {"ct": [], "mr": []}
+    problems = []
     for case, facts in zip(cases, described, strict=True):
-        if "channels" in facts and not any(channel["not_finite"] for channel in facts["channels"]):
-            by_values = (
-                "ct"
-                if facts["channels"][0]["lowest"] <= -200 and not facts_problem(facts, "ct", facts["shape"][0])
-                else "mr"
-            )
-            by_header = str(case.get("modality", "")).lower()
-            found[by_header if by_header in found else by_values].append(case["case"])
+        # What can be used as neither has no vote; nor has what its header calls neither.
+        wrong = {kind: case_problem(case, facts, kind, *facts.get("shape", [1])[:1]) for kind in ("ct", "mr")}
+        if not (wrong["ct"] and wrong["mr"]):
+            found["mr" if wrong["ct"] else "ct"].append(case["case"])
+        problems.append(f"\n  {case['case']}: {wrong['mr']}")
     if not found["ct"] and not found["mr"]:
-        problems = "".join(
-            f"\n  {case['case']}: {facts.get('problem')}" for case, facts in zip(cases[:5], described, strict=False)
-        )
-        raise Mistake(f"none of the {len(cases)} volumes can be read:{problems}")
+        raise Mistake(f"none of the {len(cases)} volumes can be used:{''.join(problems[:5])}")
     if found["ct"] and found["mr"]:
         lists = " and ".join(
             f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

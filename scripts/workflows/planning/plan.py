@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,13 +43,14 @@ def plan(
     Raises:
         Mistake: when there is nothing to train on, when modalities are mixed, or when no training fits this machine.
     """
-    dataset_dir, folder = dataset_dir() if callable(dataset_dir) else dataset_dir, Path(output_dir).absolute()
+    source, folder = dataset_dir() if callable(dataset_dir) else dataset_dir, Path(output_dir).absolute()
+    dataset_dir = str(Path(str(source)).expanduser().absolute())
     given = {"contrasts": contrasts, "group_by": group_by, "val_fraction": val_fraction}
     cohort = look_at(dataset_dir, index, val_fraction, contrasts, group_by)
     settings = {
-        "dataset_dir": (str(Path(str(dataset_dir)).absolute()), f"{len(cohort.kept)} volumes that can be used"),
+        "dataset_dir": (dataset_dir, f"{len(cohort.kept)} volumes that can be used"),
         "index": (
-            str(Path(index.path).absolute()),
+            index.path and str(index.path.absolute()),
             "what is known of them, so that training need not read them",
         ),
         **{name: (value, "as it was given") for name, value in given.items() if value is not None},
@@ -63,7 +65,7 @@ def plan(
         *costs(settings, trial, cohort),
         f"\nThe plan is in {path}. Start the training with\n",
         f"  python -m monai.bundle run training --config_file \"['configs/train.yaml','{path}']\" "
-        f"--output_dir {folder / 'training'}",
+        f"--output_dir {shlex.quote(str(folder / 'training'))}",
         sep="\n",
     )
 
@@ -90,7 +92,7 @@ def _tried(settings: Settings, cohort: Cohort, folder: Path, device: str) -> Tri
 def _write(settings: Settings, folder: Path) -> Path:
     path, beside = folder / "plan.yaml", folder / ".plan.yaml"
     lines = ["# A plan for these volumes and this machine. Name it behind train.yaml; change what you know better.", ""]
-    lines += [f"{name}: {json.dumps(value)} # {why}" for name, (value, why) in settings.items()]
+    lines += [f"{name}: {json.dumps(value, ensure_ascii=False)} # {why}" for name, (value, why) in settings.items()]
     folder.mkdir(parents=True, exist_ok=True)
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return beside.replace(path)

@@ -23,6 +23,7 @@ __all__ = ["Trial", "places", "try_training"]
 ITERATIONS, EPOCHS = 8, 3  # the last epoch alone is validated
 TRAINED, VALIDATED = 8, 2  # volumes
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
+OUT_OF_MEMORY += ("killed by signal", "exited unexpectedly")  # a worker of the data loader
 KILLED = (-9, 137)  # by the system, when memory runs out
 
 
@@ -51,7 +52,8 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
         configs = [str(bundle_root() / "configs" / "train.yaml"), str(overlay)]
         knobs = {"dataset_dir": datalist, "output_dir": Path(folder, "run"), "max_epochs": EPOCHS}
         knobs |= {"iterations_per_epoch": ITERATIONS, "val_interval": EPOCHS, "num_figure_volumes": 0}
-        knobs |= {"warmup_epochs": 1, "device": device}
+        # The list of these cases says the rest.
+        knobs |= {"warmup_epochs": 1, "device": device, "contrasts": "null", "group_by": "null"}
         command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
         command += [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
         output, code, memory, device_memory = _run(command, Path(folder), device)
