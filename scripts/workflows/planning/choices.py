@@ -64,52 +64,61 @@ def about_volumes(cohort: Cohort) -> Settings:
 
 def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
     """Choose spacing, crop, network and where prepared volumes are kept; ``folder`` is where a cache could be."""
-    facts, num_training = cohort.facts, len(cohort.folds["training"])
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu, num_training = torch.device(device).type == "cuda", len(cohort.folds["training"])
     name = "small" if not on_gpu else "medium" if num_training < 500 else "base"
     size = SIZES[name]
-    spacing, why = spacing_of(facts)
-    before = math.inf
-    while True:
-        shape = np.median([resampled_shape(one, spacing) for one in facts], axis=0)
-        grid = grid_of(shape, size.patch_size, size.tokens)
-        crop = [side * size.patch_size for side in grid]
-        own = spacing or np.median([geometry_in_ras(one)[1] for one in facts], axis=0).tolist()
-        if (factor := float((shape / crop).max()) / COVERAGE) > 1.01:
-            reason_ = f"coarser, so that a crop of {crop} voxels shows a third of a volume's side"
-        else:
-            try:
-                cache = choose_cache("auto", facts, spacing, crop, folder / "cache")
-                break
-            except Mistake:
-                prepared = sum(prepared_bytes(one, spacing, crop) for one in facts)
-                if prepared >= before:  # they are padded to a crop by now
-                    cache = "none"
-                    break
-                before = prepared
-                factor, reason_ = 1.25, "coarser, so that the prepared volumes fit in memory or on the disk"
-        spacing = [float(f"{side * factor:.3g}") for side in own]
-        why = why if reason_ in why else f"{why.removesuffix(': they stay as they are')}; {reason_}"
-    window = [WINDOWS[side] for side in grid]
-    for_device = f"{name}, for {num_training} training volumes on {'a GPU' if on_gpu else 'a CPU'}"
-    prepared = sum(prepared_bytes(one, spacing, crop) for one in facts)
+    spacing, why, grid, cache = _fitted(cohort.facts, size, folder / "cache")
+    crop = [side * size.patch_size for side in grid]
+    shape = " x ".join(f"{side:.0f}" for side in _median_shape(cohort.facts, spacing))
+    prepared = sum(prepared_bytes(one, spacing, crop) for one in cohort.facts)
     workers = min(8, machine.cores() - 1) if on_gpu else max(0, min(2, machine.cores() // 2 - 1))
+    of_size = f"goes with the size {name}"
     return {
         "spacing": (spacing, why),
-        "img_size": (crop, f"voxels, of volumes of {' x '.join(f'{side:.0f}' for side in shape)} in the median"),
+        "img_size": (crop, f"voxels, of volumes of {shape} in the median"),
         "patch_size": (size.patch_size, f"a grid of {' x '.join(map(str, grid))} tokens; {size.tokens} are the most"),
-        "swin_window_size": (window, "tokens; it divides the grid, so that no window is padded"),
-        "encoder_embed_dim": (size.width, f"the network's size is {for_device}"),
-        "encoder_depth": (size.blocks, "goes with that size"),
-        "encoder_num_heads": (size.heads, "goes with that size"),
-        "decoder_embed_dim": (size.decoder, "goes with that size"),
+        "swin_window_size": ([WINDOWS[side] for side in grid], "tokens; it divides the grid, so no window is padded"),
+        "encoder_embed_dim": (
+            size.width,
+            f"size {name}: {num_training} training volumes, a {'G' if on_gpu else 'C'}PU",
+        ),
+        "encoder_depth": (size.blocks, of_size),
+        "encoder_num_heads": (size.heads, of_size),
+        "decoder_embed_dim": (size.decoder, of_size),
         "cache": (cache, f"the prepared volumes take {prepared / 1e9:.2g} GB"),
         "num_workers": (workers, f"of {machine.cores()} cores"),
         "precision": ("auto", "bfloat16 where the device has instructions for it"),
-        "learning_rate": (size.learning_rate, "goes with that size"),
+        "learning_rate": (size.learning_rate, of_size),
         "affine_prob": (0.2, "a short training learns most from volumes as they are"),
         "flip_prob": (0.0, "the same"),
     }
+
+
+def _fitted(facts: Sequence[Facts], size: Size, cache_dir: Path) -> tuple[list[float] | None, str, list[int], str]:
+    """Coarsen the cohort's spacing until a crop shows enough of a volume, and the prepared volumes fit somewhere."""
+    (spacing, why), before = spacing_of(facts), math.inf
+    while True:
+        shape = _median_shape(facts, spacing)
+        grid = grid_of(shape, size.patch_size, size.tokens)
+        crop = [side * size.patch_size for side in grid]
+        if (factor := float((shape / crop).max()) / COVERAGE) > 1.01:
+            because = "coarser, so that a crop shows a third of a volume's longest side"
+        else:
+            try:
+                return spacing, why, grid, choose_cache("auto", facts, spacing, crop, cache_dir)
+            except Mistake:
+                prepared = sum(prepared_bytes(one, spacing, crop) for one in facts)
+            if prepared >= before:  # they are padded to a crop by now
+                return spacing, why, grid, "none"
+            before, factor = prepared, 1.25
+            because = "coarser, so that the prepared volumes fit in memory or on the disk"
+        own = spacing or np.median([geometry_in_ras(one)[1] for one in facts], axis=0)
+        spacing = [float(f"{side * factor:.3g}") for side in own]
+        why = why if because in why else f"{why.removesuffix(': they stay as they are')}; {because}"
+
+
+def _median_shape(facts: Sequence[Facts], spacing: Sequence[float] | None) -> np.ndarray:
+    return np.median([resampled_shape(one, spacing) for one in facts], axis=0)
 
 
 def about_schedule(cohort: Cohort, batch: int) -> Settings:
