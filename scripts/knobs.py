@@ -86,7 +86,7 @@ EXAMPLES: dict[str, Any] = {
     "strict_stem": True,
 }
 # May be null although a config gives them a value.
-OPTIONAL = ("clip_norm", "iterations_per_epoch", "spacing")
+OPTIONAL = ("clip_norm", "index", "iterations_per_epoch", "spacing")
 # Lists of numbers that may have any length; all others have that of the config's own.
 FREE_LENGTH = ("flip_axes",)
 # As YAML spells them: the command line of MONAI hands them over as text.

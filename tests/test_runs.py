@@ -33,7 +33,7 @@ def test_training_leaves_what_the_readme_says_from_any_directory(cohort, tmp_pat
     assert len(list((out / "tensorboard").iterdir())) == 1
     assert matplotlib.image.imread(out / "figures" / "epoch_0002.png").std() > 0
     left = {path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")}
-    assert left == {"model.pt", "training_state.pt", "training_state.previous.pt"}
+    assert left == {"model.json", "model.pt", "training_state.pt", "training_state.previous.pt"}
     model = BertsWinMAE(**TINY)
     model.load_state_dict(torch.load(out / "checkpoints" / "model.pt", weights_only=True))
 
@@ -84,7 +84,7 @@ def test_ct_volumes_train_and_what_is_no_ct_is_refused_by_name(tmp_path):
     assert refused.returncode == 1
     assert "brain.nii.gz: is not in Hounsfield units" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert not (tmp_path / "bad").exists()
+    assert [path.name for path in (tmp_path / "bad").iterdir()] == ["index.jsonl"]  # what was read is known
     skipped = train(output_dir=tmp_path / "skipped", skip_invalid="true", **settings)
     assert skipped.returncode == 0, skipped.stderr
     assert "left out" in skipped.stdout

@@ -59,6 +59,6 @@ def test_waiting_for_data_is_measured_with_the_cache_and_without(cohort, tmp_pat
     report = json.loads((tmp_path / "data.json").read_text())
     assert [row["cache"] for row in report["rows"]] == ["memory", "none"]
     assert all(0 <= row["waiting_share"] <= 1 and row["volumes_per_second"] > 0 for row in report["rows"])
-    assert "LoadImaged" in report["preparation"]
+    assert "LoadVolumed" in report["preparation"]
     assert "| memory |" in (tmp_path / "data.md").read_text()
     assert not (ROOT / "metrics.jsonl").exists()
