@@ -63,7 +63,7 @@ def check_knobs() -> None:
     for name, value in list(parser.get().items()):
         if name in defaults:
             checked = read(name, value, defaults[name])
-            if checked is not value:
+            if repr(checked) != repr(value):  # setting it resolves the config anew
                 parser[name] = checked
         elif name != "_meta_" and name not in TRACKING_KNOBS and not _is_known(name, value, parser.get(), folder):
             names = sorted(name for name, default in defaults.items() if is_knob(name, default))

@@ -155,7 +155,7 @@ def ranks_below(pid):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks by /proc")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_when_a_rank_dies_the_others_end_and_the_run_resumes(volumes, tmp_path, victim):
     settings = {"dataset_dir": volumes, "output_dir": tmp_path / "out", "iterations_per_epoch": 10, "max_epochs": 500}
     process = start_ranks(*PLAIN, **settings)

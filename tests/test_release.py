@@ -211,6 +211,7 @@ def test_large_weights_are_fetched_and_a_wrong_hash_is_noticed(repository, serve
         assert torch.load(weights, weights_only=True)["weight"].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.thorough
 def test_large_weights_may_lie_beside_what_is_built_once_they_are_listed(repository, schema, tmp_path):
     weights = repository / "models" / "base.pt"
     torch.save({"weight": torch.zeros(5 * 2**20)}, weights)  # beyond 16 MB

@@ -31,6 +31,7 @@ def test_a_training_step_gives_every_parameter_a_gradient():
         assert not [name for name in without if not any(part in name for part in unused)]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_networks_are_measured_side_by_side(tmp_path, capsys):
     networks("tiny", img_sizes=[32], precision="fp32", device="cpu", repeats=1, output_dir=str(tmp_path))

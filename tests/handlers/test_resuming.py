@@ -194,6 +194,7 @@ def test_a_second_run_is_refused_while_the_first_one_trains(cohort, tmp_path):
     assert "Traceback" not in second.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["preempted", "killed"])
 def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, tmp_path, number):
