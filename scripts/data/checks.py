@@ -8,7 +8,6 @@ from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
-from nibabel import orientations
 from tqdm import tqdm
 
 from .. import parallel
@@ -17,16 +16,8 @@ from .describing import PERCENTILES, Case, describe_volume
 from .index import Index
 from .reading import read_label, read_volume
 
-__all__ = [
-    "case_problem",
-    "check_cases",
-    "check_labels",
-    "facts_problem",
-    "geometry_in_ras",
-    "resampled_shape",
-    "volume_problem",
-]
-__all__ += ["without_copies"]
+__all__ = ["Facts", "case_problem", "check_cases", "check_labels", "facts_problem", "geometry_in_ras"]
+__all__ += ["resampled_shape", "volume_problem", "without_copies"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +173,7 @@ def resampled_shape(facts: Facts, spacing: Sequence[float] | None) -> np.ndarray
 
 def geometry_in_ras(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     """Tell the shape ``(D, H, W)`` and the spacing in mm of a volume, once its axes are in the order of RAS."""
-    order = orientations.io_orientation(np.array(facts["affine"]))[:, 0].argsort().astype(int)
+    order = sorted(range(3), key=lambda axis: "RLAPSI".index(facts["axes"][axis]))
     return np.array(facts["shape"][1:], dtype=float)[order], np.array(facts["spacing"])[order]
 
 

@@ -17,12 +17,12 @@ from .. import machine, parallel
 from .describing import Case, describe_volume
 from .dicom import is_dicom
 from .reading import data_files
+from .searching import PAIRS, longest_suffix, other_half
 
 __all__ = ["Index", "case_files", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-HEADERS, HALVES = (".mhd", ".nhdr", ".img", ".img.gz"), (".hdr", ".hdr.gz")
 VERSION = 1  # of what is known of a volume; another one is read again
 
 
@@ -76,8 +76,10 @@ class Index:
         rank = idist.get_rank()
         path = self.path if self.path is None or rank == 0 else self.path.with_stem(f"{self.path.stem}.{rank}")
         workers = min(self.num_workers, machine.cores(), len(cases) // 8)  # a process costs as much as some volumes
+        ahead = 16 if workers else None
+        # As they are: torch would look for arrays in them.
         loader = DataLoader(
-            _Described(cases), batch_size=None, num_workers=workers, prefetch_factor=16 if workers else None
+            _Described(cases), batch_size=None, num_workers=workers, prefetch_factor=ahead, collate_fn=dict
         )
         bar = tqdm(loader, "reading", unit="volume", leave=False, disable=not parallel.shows_progress())
         with _lines_behind(path) as file:
@@ -108,9 +110,10 @@ def case_files(case: Case, keys: Iterable[str] = ("image",)) -> list[Path]:
         paths = case.get(key) or []
         for path in map(Path, paths if isinstance(paths, list | tuple) else [paths]):
             files += sorted(filter(is_dicom, path.iterdir())) if path.is_dir() else [path]
-            if path.name.lower().endswith(HEADERS):
-                halves = {path.with_suffix(suffix) for suffix in HALVES} | {*data_files(path)}
-                files += sorted(half for half in halves if half.is_file())
+            if longest_suffix(path, PAIRS):
+                files += [half for half in [other_half(path)] if half]
+            elif longest_suffix(path, (".mhd", ".nhdr")):
+                files += [file for file in data_files(path) if file.is_file()]
     return files
 
 

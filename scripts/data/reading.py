@@ -174,9 +174,8 @@ def _read_by_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     directions = np.array(image.GetDirection()).reshape(sides, sides)[:3, :3]
     affine[:3, :3] = directions * np.array(image.GetSpacing())[:3]
     affine[:3, 3] = np.array(image.GetOrigin())[:3]
-    affine[:3] *= _millimetres(
-        *set(re.findall(r'"([^"]*)"', header.get("space units", ""))), header.get("distanceunits")
-    )
+    units = re.findall(r'"([^"]*)"', header.get("space units", ""))
+    affine[:3] *= _millimetres(*units, header.get("distanceunits"))
     # ITK hands its axes over from the slowest, channels last.
     axes = range(voxels.ndim)[::-1] if voxels.ndim == sides else [sides, *range(sides)[::-1]]
     voxels = voxels.transpose(axes)
@@ -236,19 +235,20 @@ def _millimetres(*units: str | None) -> float:
 
 def _on_grid_of(first: MetaTensor, other: MetaTensor) -> torch.Tensor:
     grid = first.affine.numpy()
-    same_shape = other.shape[1:] == first.shape[1:]
-    voxel = np.linalg.norm(grid[:3, :3], axis=0).min()
-    if same_shape and corner_distance(first.shape[1:], other.affine.numpy(), grid) <= SAME_PLACE * voxel:
+    if other.shape[1:] == first.shape[1:] and _in_same_place(first.shape[1:], other.affine.numpy(), grid):
         return other.as_tensor()
     lowest = other.min()  # outside of it there is nothing, not zero
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float64)
     return (resample(other - lowest, first.affine, first.shape[1:]) + lowest).as_tensor().float()
 
 
+def _in_same_place(shape: Sequence[int], affine: np.ndarray, grid: np.ndarray) -> bool:
+    return corner_distance(shape, affine, grid) <= SAME_PLACE * np.linalg.norm(grid[:3, :3], axis=0).min()
+
+
 def _in_place_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
     """Give a label map the axes and the affine of its image, if it lies on the very same voxels."""
     grid, place, shape = image.affine.numpy(), label.affine.numpy(), tuple(image.shape[1:])
-    allowed = SAME_PLACE * np.linalg.norm(grid[:3, :3], axis=0).min()
     stored = [(label[0].numpy(), place)]
     steps = np.linalg.inv(grid)[:3, :3] @ place[:3, :3]  # of the label's axes, in voxels of the image
     axes = np.abs(steps).argmax(axis=0)
@@ -257,10 +257,9 @@ def _in_place_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
         turned = orientations.apply_orientation(label[0].numpy(), turn)
         stored.append((turned, place @ orientations.inv_ornt_aff(turn, label.shape[1:])))
     for voxels, affine in stored:
-        if voxels.shape == shape and corner_distance(shape, affine, grid) <= allowed:
-            return MetaTensor(
-                torch.from_numpy(np.ascontiguousarray(voxels))[None], affine=image.affine, meta=label.meta
-            )
+        if voxels.shape == shape and _in_same_place(shape, affine, grid):
+            voxels = torch.from_numpy(np.ascontiguousarray(voxels))[None]
+            return MetaTensor(voxels, affine=image.affine, meta=_without_affine(label.meta))
     if tuple(label.shape[1:]) != shape:
         raise Mistake(f"has shape {tuple(label.shape[1:])} where its image has {shape}: resample it to its image")
     apart = corner_distance(shape, place, grid)

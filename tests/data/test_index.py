@@ -215,7 +215,7 @@ def test_weights_know_what_they_saw_and_what_those_before_them_did(tmp_path, cap
 
 
 def facts_of(side, spacing=1.0):
-    return {"shape": [1, side, side, side], "spacing": [spacing] * 3, "affine": np.diag([spacing] * 3 + [1.0]).tolist()}
+    return {"shape": [1, side, side, side], "spacing": [spacing] * 3, "axes": "RAS"}
 
 
 def test_prepared_volumes_are_kept_where_they_fit_and_refused_where_they_explode(tmp_path, monkeypatch):

@@ -15,11 +15,7 @@ from scripts.workflows.planning.choices import WINDOWS
 
 
 def facts_of(shape, spacing, order=(0, 1, 2)):
-    affine = np.zeros((4, 4))
-    for place, axis in enumerate(order):
-        affine[axis, place] = spacing[place]
-    affine[3, 3] = 1
-    return {"shape": [1, *shape], "spacing": list(spacing), "affine": affine.tolist()}
+    return {"shape": [1, *shape], "spacing": list(spacing), "axes": "".join("RAS"[axis] for axis in order)}
 
 
 def ct(path, seed=0):

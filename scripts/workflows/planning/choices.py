@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from ... import machine
-from ...data import choose_cache, geometry_in_ras, prepared_bytes, resampled_shape
+from ...data import Facts, choose_cache, geometry_in_ras, prepared_bytes, resampled_shape
 from ...mistakes import Mistake
-from .cohort import Cohort, Facts
+from .cohort import Cohort
 
-__all__ = ["SIZES", "Settings", "about_network", "about_schedule", "about_volumes", "grid_of", "spacing_of"]
+__all__ = ["SIZES", "Settings", "about_network", "about_schedule", "about_volumes", "grid_of", "size_of"]
+__all__ += ["spacing_of"]
 
 Settings = dict[str, tuple[Any, str]]  # by knob: its value, and why
 
@@ -62,10 +63,17 @@ def about_volumes(cohort: Cohort) -> Settings:
     return settings
 
 
+def size_of(cohort: Cohort, device: str) -> str:
+    """Choose a network's size, of ``SIZES``."""
+    if torch.device(device).type != "cuda":
+        return "small"
+    return "medium" if len(cohort.folds["training"]) < 500 else "base"
+
+
 def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
     """Choose spacing, crop, network and where prepared volumes are kept; ``folder`` is where a cache could be."""
     on_gpu, num_training = torch.device(device).type == "cuda", len(cohort.folds["training"])
-    name = "small" if not on_gpu else "medium" if num_training < 500 else "base"
+    name = size_of(cohort, device)
     size = SIZES[name]
     spacing, why, grid, cache = _fitted(cohort.facts, size, folder / "cache")
     crop = [side * size.patch_size for side in grid]

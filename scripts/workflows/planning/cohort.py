@@ -1,17 +1,14 @@
 """What lies in a folder: the volumes that can be used, and what they have in common."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ...data import Case, Index, case_problem, find_cases, group_cases, split_cases, without_copies
+from ...data import Case, Facts, Index, case_problem, find_cases, group_cases, split_cases, without_copies
 from ...mistakes import Mistake
 
 __all__ = ["Cohort", "cohort_modality", "look_at"]
-
-Facts = Mapping[str, Any]  # of describe_volume
 
 
 @dataclass(frozen=True)

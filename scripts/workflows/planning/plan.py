@@ -10,7 +10,7 @@ import numpy as np
 
 from ...data import Index, prepared_bytes
 from ...mistakes import Mistake
-from .choices import SIZES, Settings, about_network, about_schedule, about_volumes
+from .choices import SIZES, Settings, about_network, about_schedule, about_volumes, size_of
 from .cohort import Cohort, look_at
 from .page import costs, findings
 from .trial import Trial, try_training
@@ -72,8 +72,7 @@ def plan(
 
 def _tried(settings: Settings, cohort: Cohort, folder: Path, device: str) -> Trial:
     """Try batches, each half of the one before, until one fits; it is put into the settings."""
-    name = next(name for name, size in SIZES.items() if size.width == settings["encoder_embed_dim"][0])
-    batch_size = wanted = SIZES[name].batch_size
+    batch_size = wanted = SIZES[size_of(cohort, device)].batch_size
     sizes = [prepared_bytes(one, settings["spacing"][0], settings["img_size"][0]) for one in cohort.facts]
     by_size = [cohort.kept[place] for place in np.argsort(sizes)]
     while batch_size >= 1:
