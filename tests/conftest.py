@@ -22,6 +22,8 @@ FIXTURES = ROOT / "tests" / "fixtures"
 REFERENCES = sorted({*FIXTURES.glob("reference_*.pt"), *ROOT.parent.glob("shared/fixtures/reference_patch16*.pt")})
 sys.path.insert(0, str(ROOT))
 
+from processes import run_module  # noqa: E402
+
 from scripts import BertsWinMAE  # noqa: E402
 from scripts.engines import AutocastInferer, MAETrainer, PrepareMaskedBatch  # noqa: E402
 from scripts.losses import MaskedL2Loss  # noqa: E402
@@ -140,20 +142,21 @@ def records(folder: Path) -> list[dict]:
 
 def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:
     """Run `python -m monai.bundle …` as a user would, in a process of its own."""
-    process = start_bundle(*arguments, cwd=cwd, **knobs)
-    stdout, stderr = process.communicate(timeout=2400)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return run_module("monai.bundle", [*arguments, *_overrides(knobs)], cwd)
 
 
 def start_bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.Popen:
-    overrides = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
     return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "monai.bundle", *arguments, *overrides],
+        [sys.executable, "-m", "monai.bundle", *arguments, *_overrides(knobs)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _overrides(knobs: dict) -> list[str]:
+    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
 
 
 def started(*configs: str, run_id: str = "training", **knobs) -> ConfigWorkflow:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_KNOBS, copy_bundle
+from processes import run_module
 
 import scripts
 from scripts.release import PUBLISHED
@@ -113,9 +114,7 @@ def test_the_commands_of_a_page_run(page, body, workplace):
             extra = [*extra, "--output_dir", "OUT/quickstart"]  # the later one counts
         elif "run" in words and "--output_dir" not in words:
             extra = [*extra, "--output_dir", f"OUT/{page.stem}"]
-        result = subprocess.run(  # noqa: S603
-            [sys.executable, *words[1:], *extra], cwd=workplace, capture_output=True, text=True, check=False
-        )
+        result = run_module(words[2], [*words[3:], *extra], workplace)
         assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 

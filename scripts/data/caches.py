@@ -60,6 +60,7 @@ def choose_cache(
     spacing: Sequence[float] | None,
     img_size: Sequence[int],
     cache_dir: str | Path,
+    masks: int = 0,
 ) -> str:
     """Choose where prepared volumes are kept, if ``cache`` is ``auto``: in memory, else on disk, where they fit.
 
@@ -71,14 +72,15 @@ def choose_cache(
         spacing: mm that they are resampled to, or None.
         img_size: voxels that they are padded to, at least.
         cache_dir: the folder on the disk.
+        masks: that are kept with each volume, such as a label map.
 
     Raises:
         Mistake: when they fit neither, or would only fit the disk as they are made many times larger.
     """
     if cache != "auto":
         return cache
-    prepared = sum(prepared_bytes(one, spacing, img_size) for one in facts)
-    stored = sum(prepared_bytes(one, None, (1, 1, 1)) for one in facts)
+    prepared = sum(prepared_bytes(one, spacing, img_size, masks) for one in facts)
+    stored = sum(prepared_bytes(one, None, (1, 1, 1), masks) for one in facts)
     folder = Path(cache_dir).absolute()
     disk = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
     # The ranks must agree, whatever each of them finds.
@@ -99,10 +101,16 @@ def choose_cache(
     )
 
 
-def prepared_bytes(facts: Mapping[str, Any], spacing: Sequence[float] | None, img_size: Sequence[int]) -> int:
-    """Tell how many bytes a volume takes at most once it is prepared, float32."""
+def prepared_bytes(
+    facts: Mapping[str, Any], spacing: Sequence[float] | None, img_size: Sequence[int], masks: int = 0
+) -> int:
+    """Tell how many bytes a volume takes at most once it is prepared: float32 channels, and masks of a byte a voxel.
+
+    Training keeps it with a border all round, an eighth of a crop, that a crop turns into.
+    """
     shape = np.maximum(resampled_shape(facts, spacing), img_size)
-    return int(4 * facts["shape"][0] * shape.prod())
+    shape = shape + shape % 2 + np.array(img_size) // 4
+    return int((4 * facts["shape"][0] + masks) * shape.prod())
 
 
 def build_dataset(

@@ -11,7 +11,7 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT, write_volume
+from conftest import ROOT, TINY_KNOBS, started, write_volume
 
 from scripts.data import (
     Index,
@@ -20,6 +20,7 @@ from scripts.data import (
     describing,
     find_cases,
     prepare_cases,
+    prepared_bytes,
     provenance,
     warn_of_seen,
 )
@@ -221,15 +222,27 @@ def facts_of(side, spacing=1.0):
 def test_prepared_volumes_are_kept_where_they_fit_and_refused_where_they_explode(tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.machine.free_memory", lambda: 8e9)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 20e9}))
-    few, many, most = ([facts_of(200)] * number for number in (100, 400, 800))  # 32 MB each
+    few, many, most = ([facts_of(200)] * number for number in (90, 400, 800))  # 40 MB each
     arguments = (None, (64, 64, 64), tmp_path / "run" / "cache")
     assert [choose_cache("auto", facts, *arguments) for facts in (few, many)] == ["memory", "disk"]
     with pytest.raises(
-        Mistake, match=r"take 25.6 GB at their own spacing; 8 GB of memory and 20 GB of disk are free.*run plan"
+        Mistake, match=r"take 32.2 GB at their own spacing; 8 GB of memory and 20 GB of disk are free.*run plan"
     ):
         choose_cache("auto", most, *arguments)
     with pytest.raises(
-        Mistake, match=r"take 12.8 GB at a spacing of \[0.5, 0.5, 0.5\] mm, 64 times what the files hold"
+        Mistake, match=r"take 14.4 GB at a spacing of \[0.5, 0.5, 0.5\] mm, 72 times what the files hold"
     ):
         choose_cache("auto", [facts_of(100, 2.0)] * 50, [0.5] * 3, *arguments[1:])
     assert choose_cache("none", most, *arguments) == "none"
+    assert choose_cache("auto", few, *arguments, masks=1) == "disk"  # label maps take memory too
+
+
+@pytest.mark.parametrize("side", [20, 40, 75])
+def test_what_a_prepared_volume_takes_is_known_before_it_is_prepared(side, tmp_path):
+    for seed in range(2):
+        write_volume(tmp_path / "scans" / f"{seed}.nii.gz", shape=(side, side + 3, side), seed=seed)
+    knobs = TINY_KNOBS | {"dataset_dir": str(tmp_path / "scans"), "output_dir": str(tmp_path), "num_workers": 0}
+    workflow = started(**knobs)
+    (facts,) = Index(None).describe(workflow.parser.get_parsed_content("cases")["training"])
+    cached = workflow.parser.get_parsed_content("train::dataset")._cache[0]["image"].untyped_storage().nbytes()
+    assert cached == prepared_bytes(facts, None, TINY_KNOBS["img_size"])

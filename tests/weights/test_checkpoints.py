@@ -4,14 +4,13 @@ import argparse
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import REFERENCES, ROOT, TINY_KNOBS, noise, tiny
+from processes import run_module
 
 from scripts import BertsWinMAE, weights
 from scripts.weights import checkpoints
@@ -121,8 +120,7 @@ def test_widening_is_never_a_guess():
 
 
 def convert(*arguments):
-    command = [sys.executable, "-m", "scripts.convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    return run_module("scripts.convert", list(map(str, arguments)), ROOT)
 
 
 def test_the_command_converts_a_training_state_and_back_and_accounts_for_every_tensor(tmp_path):
