@@ -44,10 +44,10 @@ def prepare_cases(
     """
     parallel.check_started()
     source = dataset_dir() if callable(dataset_dir) else dataset_dir
-    folds = find_cases(source, contrasts, checks.get("skip_invalid", False))
+    index = index or Index(None)
+    folds = find_cases(source, contrasts, checks.get("skip_invalid", False), index)
     if group_by is not None:
         folds = {fold: group_cases(cases, group_by) for fold, cases in folds.items()}
-    index = index or Index(None)
     usable = check_cases([case for fold in folds.values() for case in fold], modality, index=index, **checks)
     names = {case["case"] for case in without_copies(usable, index.describe(usable))}
     folds = {fold: [case for case in cases if case["case"] in names] for fold, cases in folds.items()}
@@ -63,7 +63,10 @@ def prepare_cases(
 
 
 def find_cases(
-    dataset_dir: str | Path | None, contrasts: str | Sequence[str] | None = None, skip_invalid: bool = False
+    dataset_dir: str | Path | None,
+    contrasts: str | Sequence[str] | None = None,
+    skip_invalid: bool = False,
+    index: Index | None = None,
 ) -> dict[str, list[Case]]:
     """List the volumes of a dataset; those that are not there too, for the check to name.
 
@@ -73,6 +76,7 @@ def find_cases(
             pattern with wildcards for several of these two.
         contrasts: of a BIDS folder, the suffix of the images to take, such as ``T1w``, or several, to be channels.
         skip_invalid: leave out cases that lack a contrast or a channel, with a warning, instead of refusing them.
+        index: that remembers the headers of DICOM files; default: all are read.
 
     Returns:
         ``training``, and ``validation`` where a datalist or nnU-Net's split names it, by a list of its own or by
@@ -87,7 +91,7 @@ def find_cases(
     """
     if dataset_dir is None:
         raise Mistake("give --dataset_dir, a folder of volumes or a datalist JSON")
-    folds = read_dataset(dataset_dir, contrasts)
+    folds = read_dataset(dataset_dir, contrasts, index and index.remember)
     listed = [case for fold in folds.values() for case in fold]
     lacking = [f"{case['case']} lacks {case['lacks']}" for case in listed if "lacks" in case]
     if lacking and not skip_invalid:

@@ -1,9 +1,12 @@
 """Find and read the series in a tree of DICOM files."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -13,7 +16,10 @@ from pydicom.uid import UID
 
 from ..mistakes import Mistake, reason
 
-__all__ = ["Series", "find_series", "is_dicom", "read_series"]
+__all__ = ["Remember", "Series", "find_series", "is_dicom", "read_series"]
+
+Header = dict[str, Any]  # of a file: uid, modality, patient, study, and its place in the series
+Remember = Callable[[Sequence[Path], Callable[[], Any]], Any]
 
 SUFFIXES = (".dcm", ".ima", ".dicom")
 SAME_POSITION = 1e-3  # mm
@@ -50,32 +56,52 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def find_series(files: Iterable[Path]) -> tuple[list[Series], Counter[str]]:
+def find_series(files: Iterable[Path], remember: Remember | None = None) -> tuple[list[Series], Counter[str]]:
     """Group DICOM files by SeriesInstanceUID, in the order of their first files.
+
+    Args:
+        files: to look at.
+        remember: answers for files whose headers were read before, and notes what is read now; default: nothing is
+            known. See :meth:`bertswin_mae.data.Index.remember`.
 
     Returns:
         The series, and how many files are passed over, by reason: those that are no images, localizers, and
         screenshots (secondary captures). What is wrong with a series is found when it is read; a file that cannot be
         read is one of its slices, so that none is used without.
     """
-    groups: dict[str, list[tuple[Path, pydicom.Dataset]]] = defaultdict(list)
+    groups: dict[str, list[tuple[Path, Header]]] = defaultdict(list)
     passed_over: Counter[str] = Counter()
     unreadable: list[Path] = []
-    for path in sorted(files):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=HEADER)
-        except (InvalidDicomError, OSError, EOFError, KeyError, ValueError):
-            unreadable.append(path)
-            continue
-        if why := _passed_over(header):
-            passed_over[why] += 1
-        else:
-            groups[str(header.get("SeriesInstanceUID", path.parent))].append((path, header))
+    for _, within in groupby(sorted(files, key=lambda path: (str(path.parent), str(path))), lambda path: path.parent):
+        beside = list(within)
+        read = partial(_headers, beside)
+        for path, header in zip(beside, remember(beside, read) if remember else read(), strict=True):
+            if header is None:
+                unreadable.append(path)
+            elif isinstance(header, str):
+                passed_over[header] += 1
+            else:
+                groups[header["uid"] or str(path.parent)].append((path, header))
     for path in unreadable:  # a slice, it may be, of any series in its folder, none of which is whole without it
         beside = [its for its in groups.values() if any(member.parent == path.parent for member, _ in its)]
         for its in beside or [groups[str(path.parent)]]:
-            its.append((path, pydicom.Dataset()))
+            its.append((path, {}))
     return [_series(uid, its) for uid, its in groups.items()], passed_over
+
+
+def _headers(files: Sequence[Path]) -> list[Header | str | None]:
+    """Say of each file what its header does, or why it is passed over; None of one that cannot be read."""
+    return [_header(path) for path in files]
+
+
+def _header(path: Path) -> Header | str | None:
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=HEADER)
+    except (InvalidDicomError, OSError, EOFError, KeyError, ValueError):
+        return None
+    names = {"uid": "SeriesInstanceUID", "modality": "Modality", "patient": "PatientID", "study": "StudyInstanceUID"}
+    place = [_along_normal(header) or 0.0, float(header.get("InstanceNumber") or 0)]
+    return _passed_over(header) or {key: str(header.get(tag, "")) for key, tag in names.items()} | {"place": place}
 
 
 def read_series(files: Path | Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,16 +148,11 @@ def _passed_over(header: pydicom.Dataset) -> str | None:
     return "localizers" if "LOCALIZER" in np.atleast_1d(header.get("ImageType") or "") else None
 
 
-def _series(uid: str, members: list[tuple[Path, pydicom.Dataset]]) -> Series:
-    def place(member: tuple[Path, pydicom.Dataset]) -> tuple[float, float, str]:
-        path, header = member
-        return (_along_normal(header) or 0.0, float(header.get("InstanceNumber") or 0), str(path))
-
-    ordered = sorted(members, key=place)
+def _series(uid: str, members: list[tuple[Path, Header]]) -> Series:
+    ordered = sorted(members, key=lambda member: (member[1].get("place", [0.0, 0.0]), str(member[0])))
     header = max((header for _, header in ordered), key=len)
     files = tuple(str(path) for path, _ in ordered)
-    about = [str(header.get(name, "")) for name in ("Modality", "PatientID", "StudyInstanceUID")]
-    return Series(files, uid, *about)
+    return Series(files, uid, *(header.get(name, "") for name in ("modality", "patient", "study")))
 
 
 def _only_series(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,6 +63,20 @@ class Index:
             self.lines |= part
         return [self.lines[key] for key in keys]
 
+    def remember(self, files: Sequence[Path], read: Callable[[], Any]) -> Any:
+        """Return what is known of some files together, such as their headers; what is not is read, and written down."""
+        key = f"headers {fingerprint(files)}"  # a case of the same files has a line of its own
+        if key not in self.lines:
+            self.lines[key] = {"headers": read()}
+            with _lines_behind(self._own_file()) as file:
+                file.write(json.dumps({"key": key, **self.lines[key]}) + "\n")
+        return self.lines[key]["headers"]
+
+    def _own_file(self) -> Path | None:
+        """Name the file that this rank writes."""
+        rank = idist.get_rank()
+        return self.path if self.path is None or rank == 0 else self.path.with_stem(f"{self.path.stem}.{rank}")
+
     def _key(self, case: Case) -> str:
         image = repr(case["image"])
         if image not in self.keys:  # once a process: a cohort may have millions of slices
@@ -73,8 +87,6 @@ class Index:
         found: dict[str, dict[str, Any]] = {}
         if not cases:
             return found
-        rank = idist.get_rank()
-        path = self.path if self.path is None or rank == 0 else self.path.with_stem(f"{self.path.stem}.{rank}")
         workers = min(self.num_workers, machine.cores(), len(cases) // 8)  # a process costs as much as some volumes
         ahead = 16 if workers else None
         # As they are: torch would look for arrays in them.
@@ -82,7 +94,7 @@ class Index:
             _Described(cases), batch_size=None, num_workers=workers, prefetch_factor=ahead, collate_fn=dict
         )
         bar = tqdm(loader, "reading", unit="volume", leave=False, disable=not parallel.shows_progress())
-        with _lines_behind(path) as file:
+        with _lines_behind(self._own_file()) as file:
             for (key, case), line in zip(cases, bar, strict=True):
                 found[key] = line
                 file.write(json.dumps({"case": case["case"], "key": key, **line}) + "\n")

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 
 from ..mistakes import Mistake
 from .describing import Case
-from .dicom import is_dicom
+from .dicom import Remember, is_dicom
 from .reading import SUFFIXES
 from .searching import OTHERS, case_name, cases_of, files_below, longest_suffix, series_cases, sort_out
 
@@ -30,21 +30,23 @@ BIDS_FILE = re.compile(r"(?P<patient>sub-[a-zA-Z0-9]+)(_(?P<session>ses-[a-zA-Z0
 PATIENT_KEYS = ("patient", "subject", "PatientID", "participant_id")
 
 
-def read_dataset(dataset_dir: str | Path, contrasts: str | Sequence[str] | None = None) -> Folds:
+def read_dataset(
+    dataset_dir: str | Path, contrasts: str | Sequence[str] | None = None, remember: Remember | None = None
+) -> Folds:
     """Read the cases of a dataset, as it is laid out; arguments, results and errors as of ``find_cases``.
 
-    A case that lacks a channel says so under ``lacks``.
+    A case that lacks a channel says so under ``lacks``. ``remember`` is of ``find_series``.
     """
     source = Path(str(dataset_dir)).expanduser()
     if source.is_dir():
         content = _read_json(source / "dataset.json") if (source / "dataset.json").is_file() else {}
-        folds = _nnunet_folds(source, content) or _listed_folds(source / "dataset.json", content)
+        folds = _nnunet_folds(source, content) or _listed_folds(source / "dataset.json", content, remember)
         if folds is None and (images := _bids_images(source)):
             return {"training": _bids_cases(source, images, contrasts)}
         if folds is None:
-            folds = {"training": cases_of(source, files_below(source, [source]))}
+            folds = {"training": cases_of(source, files_below(source, [source]), remember=remember)}
     elif source.exists():
-        folds = _one_file(source)
+        folds = _one_file(source, remember)
     elif glob.has_magic(str(source)):
         folds = {"training": _matching(source)}
     else:
@@ -57,12 +59,12 @@ def read_dataset(dataset_dir: str | Path, contrasts: str | Sequence[str] | None 
 # ------------------------------------------------------------------------------------------------- files and folders
 
 
-def _one_file(path: Path) -> Folds:
+def _one_file(path: Path, remember: Remember | None) -> Folds:
     if longest_suffix(path, (*SUFFIXES, *OTHERS)):
         return {"training": cases_of(path.parent, [path], chosen=True)}
     if is_dicom(path):
         return {"training": cases_of(path.parent, [path])}
-    folds = _listed_folds(path, _read_json(path))
+    folds = _listed_folds(path, _read_json(path), remember)
     if folds is None:
         raise Mistake(f"{path} is not a MONAI datalist: it needs a list called 'training' of {{'image': path}}")
     return folds
@@ -88,7 +90,7 @@ def _read_json(path: Path) -> Any:
         raise Mistake(f"{path} is not a datalist in JSON: {error}") from error
 
 
-def _listed_folds(datalist: Path, content: Any) -> Folds | None:
+def _listed_folds(datalist: Path, content: Any, remember: Remember | None) -> Folds | None:
     """Read a datalist of MONAI or the Decathlon; None, if it is a JSON of another kind."""
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         if content != {}:
@@ -104,7 +106,7 @@ def _listed_folds(datalist: Path, content: Any) -> Folds | None:
     if "validation" not in folds and any("fold" in item for item in training):
         folds["validation"] = [item for item in training if str(item.get("fold")) == "0"]
         folds["training"] = [item for item in training if str(item.get("fold")) != "0"]
-    return {fold: [_listed_case(item, datalist.parent) for item in items] for fold, items in folds.items()}
+    return {fold: [_listed_case(item, datalist.parent, remember) for item in items] for fold, items in folds.items()}
 
 
 def _check_item(item: Any, fold: str, datalist: Path) -> None:
@@ -139,12 +141,12 @@ def _is_cylinder(fov: Any) -> bool:
     return are_finite and fov["radius"] > 0 and fov.get("axis", 2) in (0, 1, 2)
 
 
-def _listed_case(item: Mapping[str, Any], root: Path) -> Case:
+def _listed_case(item: Mapping[str, Any], root: Path, remember: Remember | None = None) -> Case:
     images = item["image"] if isinstance(item["image"], list) else [item["image"]]
     paths = [_listed_path(path, root) for path in images]
     case: Case = {"image": paths[0] if len(paths) == 1 else paths, "case": case_name(Path(paths[0]), root)}
     if len(paths) == 1 and Path(paths[0]).is_dir():
-        series, _ = series_cases(Path(paths[0]), list(filter(is_dicom, Path(paths[0]).iterdir())))
+        series, _ = series_cases(Path(paths[0]), list(filter(is_dicom, Path(paths[0]).iterdir())), remember)
         # Of several, reading says that one is needed.
         case = series[0] | {"case": case["case"]} if len(series) == 1 else case
     known = {key: value for key, value in item.items() if value not in (None, "") and value == value}  # no NaN

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..mistakes import Mistake
 from .describing import Case
-from .dicom import find_series, is_dicom
+from .dicom import Remember, find_series, is_dicom
 from .reading import SUFFIXES
 
 __all__ = ["case_name", "cases_of", "files_below", "longest_suffix", "series_cases", "sort_out"]
@@ -61,15 +61,15 @@ def _log_unread(error: OSError) -> None:
     logger.warning("%s cannot be searched (%s)", error.filename, error.strerror)
 
 
-def cases_of(root: Path, files: Iterable[Path], chosen: bool = False) -> list[Case]:
+def cases_of(root: Path, files: Iterable[Path], chosen: bool = False, remember: Remember | None = None) -> list[Case]:
     """Make cases of volumes and DICOM files, in the order of their names; what is left out is logged.
 
-    ``chosen`` is a file that the user named: whatever it is called, it is a volume.
+    ``chosen`` is a file that the user named: whatever it is called, it is a volume. ``remember`` is of ``find_series``.
     """
     volumes, dicoms, left_out = sort_out(root, files, chosen)
     cases = [{"image": str(path), "case": case_name(path, root)} for path in volumes]
     if dicoms:
-        series, passed_over = series_cases(root, dicoms)
+        series, passed_over = series_cases(root, dicoms, remember)
         cases += series
         left_out += [f"{count} DICOM files: {why}" for why, count in passed_over.items()]
     for what in left_out if cases else []:
@@ -123,9 +123,11 @@ def _once(files: Iterable[Path], root: Path) -> list[Path]:
     return sorted(kept.values())
 
 
-def series_cases(root: Path, files: Sequence[Path]) -> tuple[list[Case], Counter[str]]:
+def series_cases(
+    root: Path, files: Sequence[Path], remember: Remember | None = None
+) -> tuple[list[Case], Counter[str]]:
     """Make a case of each DICOM series, named after the folder that it alone lies in, else after its UID, too."""
-    found, passed_over = find_series(path for path in files if path.exists())
+    found, passed_over = find_series((path for path in files if path.exists()), remember)
     for series in (other for other in found if other.modality in NO_SCANS):
         passed_over[f"of modality {series.modality}"] += len(series.files)
     found = [series for series in found if series.modality not in NO_SCANS]

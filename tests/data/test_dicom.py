@@ -10,7 +10,7 @@ from nibabel import orientations
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
-from scripts.data import read_volume
+from scripts.data import Index, find_cases, read_volume
 from scripts.data.dicom import find_series, is_dicom, read_series
 from scripts.mistakes import Mistake
 
@@ -173,3 +173,21 @@ def test_a_file_that_is_cut_off_is_named(voxels, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-300])
     with pytest.raises(Mistake, match=r"decoded|no whole DICOM"):
         read_series(tmp_path)
+
+
+def test_headers_are_read_once_and_again_in_a_folder_that_changed(tmp_path, monkeypatch):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 4))
+    for number in range(3):
+        write(tmp_path / "tree" / f"p{number}", slices_of(voxels + number, PatientID=f"p{number}"))
+    read, dcmread = [], pydicom.dcmread
+    monkeypatch.setattr("pydicom.dcmread", lambda path, **given: read.append(path) or dcmread(path, **given))
+    first = find_cases(tmp_path / "tree", index=Index(tmp_path / "index.jsonl"))
+    assert len(read) == 12
+    read.clear()
+    assert find_cases(tmp_path / "tree", index=Index(tmp_path / "index.jsonl")) == first
+    assert read == []
+    next((tmp_path / "tree" / "p1").iterdir()).touch()
+    assert find_cases(tmp_path / "tree", index=Index(tmp_path / "index.jsonl")) == first
+    assert {path.parent.name for path in read} == {"p1"}
+    index = Index(tmp_path / "index.jsonl")
+    assert [facts["shape"] for facts in index.describe(first["training"])] == [[1, 8, 9, 4]] * 3

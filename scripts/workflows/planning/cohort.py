@@ -33,8 +33,8 @@ def look_at(
     group_by: str | None = None,
 ) -> Cohort:
     """Find and describe the volumes of a dataset; arguments as of :func:`~bertswin_mae.data.prepare_cases`."""
-    folds = find_cases(dataset_dir, contrasts, skip_invalid=True)
-    complete = _is_complete(dataset_dir, contrasts)
+    folds = find_cases(dataset_dir, contrasts, skip_invalid=True, index=index)
+    complete = _is_complete(dataset_dir, contrasts, index)
     if group_by is not None:
         folds = {fold: group_cases(its, group_by) for fold, its in folds.items()}
     cases = [case for fold in folds.values() for case in fold]
@@ -54,9 +54,9 @@ def look_at(
     return Cohort(cases, problems, modality, channels, kept, facts, folds, complete)
 
 
-def _is_complete(dataset_dir: str | Path, contrasts: str | Sequence[str] | None) -> bool:
+def _is_complete(dataset_dir: str | Path, contrasts: str | Sequence[str] | None, index: Index) -> bool:
     try:
-        find_cases(dataset_dir, contrasts)
+        find_cases(dataset_dir, contrasts, index=index)
     except Mistake:
         return False
     return True
