@@ -77,11 +77,13 @@ def places(number: int) -> list[int]:
 
 def _run(command: list[str], folder: Path, device: str) -> tuple[str, int, int, int | None]:
     """Run a command; return what it printed, its status, and the memory that it and the GPU held at most, in bytes."""
-    on_gpu, ended, free = torch.device(device).type == "cuda", threading.Event(), []
+    on_gpu, ended, free, held = torch.device(device).type == "cuda", threading.Event(), [], [0]
 
     def watch() -> None:
-        while on_gpu and not ended.wait(0.2):
-            free.append(torch.cuda.mem_get_info(device)[0])
+        while not ended.wait(0.2):
+            held.append(_most_held(process.pid))
+            if on_gpu:
+                free.append(torch.cuda.mem_get_info(device)[0])
 
     before = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
     log = folder / "log.txt"
@@ -93,5 +95,15 @@ def _run(command: list[str], folder: Path, device: str) -> tuple[str, int, int, 
         process.returncode = os.waitstatus_to_exitcode(status)
     ended.set()
     watcher.join()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return log.read_text(), process.returncode, usage.ru_maxrss * unit, before - min(free) if free else None
+    # Where there is no /proc: what wait4 says starts from what this process held when it started the other.
+    memory = max(held) or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return log.read_text(), process.returncode, memory, before - min(free) if free else None
+
+
+def _most_held(pid: int) -> int:
+    """Tell the bytes that a process has held at most; 0 where Linux does not say, or when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return int((re.search(r"VmHWM:\s*(\d+) kB", status) or [0, 0])[1]) * 1024
