@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, noise, tiny
 
+from scripts.experiments.benchmark.cohort import cohort
 from scripts.experiments.benchmark.networks import STEP, TITLES, Contestant, networks, plain_form
 from scripts.experiments.benchmark.training import data
 
@@ -63,3 +64,12 @@ def test_waiting_for_data_is_measured_with_the_cache_and_without(cohort, tmp_pat
     assert "LoadVolumed" in report["preparation"]
     assert "| memory |" in (tmp_path / "data.md").read_text()
     assert not (ROOT / "metrics.jsonl").exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_a_cohort_is_measured_from_the_index_to_the_features(tmp_path):
+    cohort(volumes=12, num_workers=0, output_dir=str(tmp_path))
+    report = json.loads((tmp_path / "cohort.json").read_text())
+    assert len(report["rows"]) == 5
+    assert all(row["seconds"] > 0 and row["bytes"] > 5e7 for row in report["rows"])

@@ -18,7 +18,7 @@ from ...data import Case
 from ...mistakes import Mistake
 from ...weights import bundle_root
 
-__all__ = ["Trial", "places", "try_training"]
+__all__ = ["Trial", "places", "run_and_measure", "try_training"]
 
 ITERATIONS, EPOCHS = 8, 3  # the last epoch alone is validated
 TRAINED, VALIDATED = 8, 2  # volumes
@@ -56,7 +56,7 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
         knobs |= {"warmup_epochs": 1, "device": device, "contrasts": "null", "group_by": "null"}
         command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
         command += [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-        output, code, memory, device_memory = _run(command, Path(folder), device)
+        output, code, memory, device_memory = run_and_measure(command, Path(folder), device)
     if code in KILLED or (code and any(sign in output for sign in OUT_OF_MEMORY)):
         return None
     seconds = [float(value) for value in re.findall(rf"epoch \d/{EPOCHS}  .*  ([\d.]+) s$", output, re.MULTILINE)]
@@ -75,7 +75,7 @@ def places(number: int) -> list[int]:
     return np.linspace(0, number - 1, min(number, TRAINED + VALIDATED)).round().astype(int).tolist()
 
 
-def _run(command: list[str], folder: Path, device: str) -> tuple[str, int, int, int | None]:
+def run_and_measure(command: list[str], folder: Path, device: str) -> tuple[str, int, int, int | None]:
     """Run a command; return what it printed, its status, and the memory that it and the GPU held at most, in bytes."""
     on_gpu, ended, free, held = torch.device(device).type == "cuda", threading.Event(), [], [0]
 
