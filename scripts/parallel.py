@@ -130,9 +130,11 @@ def full_tensors(state: Any) -> Any:
 def shard_like(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Divide those tensors among the processes whose namesakes in ``reference`` are; call it in all of them."""
     return {
-        name: distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)
-        if isinstance(ours := reference[name], DTensor) and value.shape == ours.shape
-        else value
+        name: (
+            distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)
+            if isinstance(ours := reference[name], DTensor) and value.shape == ours.shape
+            else value
+        )
         for name, value in tensors.items()
     }
 

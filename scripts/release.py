@@ -90,7 +90,7 @@ def check(archive: str, schema: str | None = None) -> None:
         _run(*monai, "verify_net_in_out", *metadata, *network, cwd=root)
 
 
-def large_files(urls: Mapping[str, str], bundle_dir: str = str(ROOT)) -> None:
+def large_files(urls: Mapping[str, str], bundle_dir: str | Path = ROOT) -> None:
     """Write ``large_files.yml``: weights that lie elsewhere, each with the hash of the file that lies here.
 
     Args:

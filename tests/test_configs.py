@@ -65,7 +65,7 @@ def test_small_overrides_only_what_train_has():
 
 def test_metadata_network_and_package_agree():
     metadata = json.loads((CONFIGS / "metadata.json").read_text())
-    pins = dict(line.split("#")[0].strip().split("==") for line in (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("#")[0].split(";")[0].strip().split("==") for line in (ROOT / "requirements.txt").read_text().splitlines()
                 if "==" in line)  # fmt: skip
     assert metadata["monai_version"] == pins["monai"]
     assert metadata["pytorch_version"] == pins["torch"]

@@ -1,5 +1,6 @@
 """From a folder of scans to draws: cases, what is known of them, checks, caches."""
 
+# flake8: noqa: F403 (the public names are those in the `__all__` of each module)
 from .caches import *
 from .cases import *
 from .checks import *

@@ -113,9 +113,7 @@ def find_cases(
 
 
 def list_cases(
-    dataset_dir: str | Path | None,
-    contrasts: str | Sequence[str] | None = None,
-    output_dir: str | Path | None = None,
+    dataset_dir: str | Path | None, contrasts: str | Sequence[str] | None = None, output_dir: str | Path | None = None
 ) -> list[Case]:
     """List all volumes of a dataset, of every fold, but incomplete ones; see :func:`find_cases`.
 

@@ -122,7 +122,7 @@ def read_series(files: Path | Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     reader = _Slices([str(path) for path in files])
     try:
         voxels, meta = reader.get_data(slices)
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+    except (RuntimeError, AttributeError, ValueError) as error:
         syntax = UID(slices[0].file_meta.get("TransferSyntaxUID", "")).name
         raise Mistake(
             f"has pixels that cannot be decoded, stored as {syntax} ({reason(error)}); `pip install python-gdcm` "

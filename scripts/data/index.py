@@ -149,8 +149,8 @@ def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
             key = about.pop("key")
             if "problem" not in about:  # which may be gone: the file system's, or a decoder that was not installed
                 lines[key] = about
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):  # noqa: PERF203 (empty, or cut off when its run was killed)
-            continue
+        except (ValueError, KeyError, AttributeError, TypeError):  # noqa: PERF203
+            continue  # empty, or cut off when its run was killed
     return lines
 
 

@@ -114,7 +114,7 @@ def _check_item(item: Any, fold: str, datalist: Path) -> None:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
         raise Mistake(
-            f"{datalist}: every item of '{fold}' needs one 'image' path, or a list of them, but one is {item}"
+            f"{datalist}: every item of {fold!r} needs one 'image' path, or a list of them, but one is {item}"
         )
     for path in (*images, item.get("label")):
         _check_path(path, datalist)
@@ -273,7 +273,7 @@ def _bids_cases(
     there = ", ".join(f"{count} {suffix}" for suffix, count in counts.items())
     if (not contrasts and len(wanted) > 1) or not set(wanted) <= counts.keys():
         choice = f"contrasts {contrasts} are not all there" if contrasts else "several contrasts are there"
-        one, several = next(iter(counts)), ",".join(f"'{suffix}'" for suffix in [*counts][:2])
+        one, several = next(iter(counts)), ",".join(map(repr, [*counts][:2]))
         raise Mistake(
             f"{folder} is a BIDS folder with {there}; {choice}: choose one, such as --contrasts {one}, or several as "
             f'channels, such as --contrasts "[{several}]"'

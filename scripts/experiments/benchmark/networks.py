@@ -35,6 +35,7 @@ from ..reporting import markdown_table, write_report
 
 __all__ = ["Contestant", "machine", "networks", "plain_form"]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TASKS = STEP, PATCH_FEATURES, FEATURES = "training step", "features, patches", "features, volume"
 TITLES = {"bertswin": "BertsWin", "plain": "plain eager BertsWin", "vit_mae": "MONAI ViT-MAE"}
 # Patch, width, blocks, heads, window and the decoder's width.
@@ -115,7 +116,7 @@ def networks(
     img_sizes: Sequence[int] | int = (112, 224),
     batch_sizes: Sequence[int] | int = (1,),
     precision: str = "auto",
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    device: str = DEVICE,
     repeats: int = 5,
     output_dir: str = "runs/benchmark",
 ) -> None:

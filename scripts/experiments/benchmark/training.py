@@ -17,12 +17,12 @@ from .networks import machine
 
 __all__ = ["data", "time_training"]
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = tuple(str(Path(__file__).resolve().parents[3] / "configs" / name) for name in ("train.yaml", "small.yaml"))
 
 
 def data(
     dataset_dir: str,
-    config_file: Sequence[str] = (str(CONFIGS / "train.yaml"), str(CONFIGS / "small.yaml")),
+    config_file: Sequence[str] = CONFIGS,
     epochs: int = 2,
     output_dir: str = "runs/benchmark",
     **knobs: Any,

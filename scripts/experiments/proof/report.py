@@ -38,9 +38,11 @@ def report_convergence(
         for row in rows
     ]
     to_goal = [
-        [str(row["epochs_to_goal"]), str(row["steps_to_goal"]), *(f"{row[share]:.2f}" for share in SHARES)]
-        if "epochs_to_goal" in row
-        else ["never"] * 7
+        (
+            [str(row["epochs_to_goal"]), str(row["steps_to_goal"]), *(f"{row[share]:.2f}" for share in SHARES)]
+            if "epochs_to_goal" in row
+            else ["never"] * 7
+        )
         for row in rows
     ]
     lines = [

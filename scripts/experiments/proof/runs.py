@@ -115,10 +115,10 @@ class Run:
             command += [f"--{name}", json.dumps(value) if isinstance(value, list | bool) else str(value)]
         if (self.folder / "checkpoints").exists():
             command += ["--resume", "true"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        about = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "check": False}
         with (self.folder / "log.txt").open("a+") as log:
             start = log.tell()
-            ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)  # noqa: S603
+            ended = subprocess.run(command, **about, stdout=log, stderr=log)  # noqa: S603
             log.seek(start)
             return subprocess.CompletedProcess(command, ended.returncode, stdout=log.read())
 

@@ -64,7 +64,7 @@ def plan(
         *findings(cohort),
         *costs(settings, trial, cohort),
         f"\nThe plan is in {path}. Start the training with\n",
-        f"  python -m monai.bundle run training --config_file \"['configs/train.yaml','{path}']\" "
+        f"  python -m monai.bundle run training --config_file \"['configs/train.yaml',{str(path)!r}]\" "
         f"--output_dir {shlex.quote(str(folder / 'training'))}",
         sep="\n",
     )
