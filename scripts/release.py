@@ -20,8 +20,9 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 import yaml
+from monai.bundle import verify_metadata
 
-from .mistakes import Mistake, command
+from .mistakes import Mistake, command, reason
 from .weights import load
 
 __all__ = ["build", "check", "hugging_face", "large_files", "sha256"]
@@ -69,7 +70,9 @@ def build(output_dir: str = "dist", schema: str | None = None, revision: str = "
         _git("archive", "--format=zip", f"--prefix={NAME}/", f"--output={made}", revision, *chosen)
         check(str(made), schema)
         made.replace(target)
-    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MB), sha256 {sha256(target)}")
+    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MB), sha256 {sha256(target)}; its tag here:")
+    print(f"  git tag -a v{version} -m 'Version {version}' {_git('rev-parse', '--short', revision)}")
+    print(f"  git push origin v{version}")
     return target
 
 
@@ -84,10 +87,19 @@ def check(archive: str, schema: str | None = None) -> None:
         root = _unpack(archive, Path(place))
         if schema:
             shutil.copy(schema, Path(place) / "schema.json")  # where MONAI looks before it downloads
-        monai, metadata = (sys.executable, "-m", "monai.bundle"), ("--meta_file", "configs/metadata.json")
-        _run(*monai, "verify_metadata", *metadata, "--filepath", f"{place}/schema.json", cwd=root)
+        metadata = root / "configs/metadata.json"
+        try:
+            verify_metadata(str(metadata), f"{place}/schema.json")
+        except OSError as error:  # of the network
+            url = json.loads(metadata.read_text())["schema"]
+            raise Mistake(
+                f"the schema cannot be downloaded ({reason(error)}): --schema FILE takes a copy of {url}"
+            ) from error
+        except ValueError as error:
+            raise Mistake(f"{archive} cannot be published: {error}") from error
         network = ("--config_file", "configs/inference.json", "--net_id", "network_def", "--device", "cpu")
-        _run(*monai, "verify_net_in_out", *metadata, *network, cwd=root)
+        check_shape = (sys.executable, "-m", "monai.bundle", "verify_net_in_out", "--meta_file", str(metadata))
+        _run(*check_shape, *network, cwd=root)
 
 
 def large_files(urls: Mapping[str, str], bundle_dir: str | Path = ROOT) -> None:
@@ -146,6 +158,7 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     page.write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{page.read_text()}")
     upload = f"hf upload {repo} {folder} . --delete '*' --commit-message 'Version {version}'"
     print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {upload}")
+    print(f"MONAI finds a version by its tag on the hub:\n  hf repos tag create {repo} {version}")
     return folder
 
 

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,31 @@ def test_what_is_not_committed_is_not_published(repository, schema, tmp_path):
     assert not list(Path(tmp_path).glob("dist/*"))
 
 
+def test_a_release_says_which_tag_to_set(repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(release, "check", lambda *_: None)
+    release.build(str(tmp_path / "dist"))
+    tag, push = (line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()[-2:])
+    git(repository, *shlex.split(tag))
+    name = f"v{version_of(ROOT)}"
+    assert push == f"push origin {name}"
+    assert (repository / ".git" / "refs" / "tags" / name).is_file()
+
+
+def test_without_a_network_one_line_says_how_to_check_the_metadata(built, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr("urllib.request._opener", None)
+    with pytest.raises(
+        ValueError, match=r"^the schema cannot be downloaded \(.*\): --schema FILE takes a copy of https://\S+$"
+    ):
+        release.check(str(built))
+
+
+def test_metadata_against_the_schema_are_refused(built, tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps({"type": "object", "required": ["colour"]}))
+    with pytest.raises(ValueError, match=r"(?s)zip cannot be published.*'colour' is a required property"):
+        release.check(str(built), str(tmp_path / "schema.json"))
+
+
 class Code:
     def __reduce__(self):
         return (print, ("code was run",))
@@ -165,6 +191,14 @@ def test_from_a_download_to_features_and_to_the_network(built, server, tmp_path,
     assert type(network).__name__ == BertsWinEncoder.__name__
     assert network(torch.rand(1, 1, 48, 64, 48)).shape == (1, 192, 6, 8, 6)
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in weights.items())
+
+
+def test_the_model_zoos_unit_test_passes_on_what_is_published(built, tmp_path):
+    with ZipFile(built) as file:
+        file.extractall(tmp_path / "models")
+    test = ROOT / "ci" / "unit_tests" / "test_bertswin_mae.py"
+    ended = subprocess.run([sys.executable, test], cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_upgrade_replaces_the_old_version_as_the_docs_say(built, server, tmp_path):
@@ -239,7 +273,9 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip(built, tmp_path, caps
     with ZipFile(built) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == names
-    assert "hf upload owner/bertswin_mae" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "hf upload owner/bertswin_mae" in printed
+    assert f"hf repos tag create owner/bertswin_mae {version_of(ROOT)}\n" in printed
     release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))  # again
     with ZipFile(built, "a") as file:
         file.writestr("bertswin_mae/docs/scan.nii.gz", b"a patient")
