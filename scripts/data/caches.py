@@ -79,8 +79,8 @@ def choose_cache(
     """
     if cache != "auto":
         return cache
-    prepared = sum(prepared_bytes(one, spacing, img_size, masks) for one in facts)
-    stored = sum(prepared_bytes(one, None, (1, 1, 1), masks) for one in facts)
+    prepared = sum(prepared_bytes(facts, spacing, img_size, masks))
+    stored = sum(prepared_bytes(facts, None, (1, 1, 1), masks))
     folder = Path(cache_dir).absolute()
     disk = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
     # The ranks must agree, whatever each of them finds.
@@ -102,15 +102,15 @@ def choose_cache(
 
 
 def prepared_bytes(
-    facts: Mapping[str, Any], spacing: Sequence[float] | None, img_size: Sequence[int], masks: int = 0
-) -> int:
-    """Tell how many bytes a volume takes at most once it is prepared: float32 channels, and masks of a byte a voxel.
+    facts: Sequence[Mapping[str, Any]], spacing: Sequence[float] | None, img_size: Sequence[int], masks: int = 0
+) -> list[int]:
+    """Tell how many bytes each volume takes at most once prepared: float32 channels, and masks of a byte a voxel.
 
     Training keeps it with a border all round, an eighth of a crop, that a crop turns into.
     """
-    shape = np.maximum(resampled_shape(facts, spacing), img_size)
-    shape = shape + shape % 2 + np.array(img_size) // 4
-    return int((4 * facts["shape"][0] + masks) * shape.prod())
+    shapes = (np.maximum(resampled_shape(one, spacing), img_size) for one in facts)
+    shapes = (shape + shape % 2 + np.array(img_size) // 4 for shape in shapes)
+    return [int((4 * one["shape"][0] + masks) * shape.prod()) for one, shape in zip(facts, shapes, strict=True)]
 
 
 def build_dataset(

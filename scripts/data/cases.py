@@ -14,7 +14,7 @@ from .index import Index, case_files
 from .layouts import read_dataset
 from .splitting import case_seed, group_cases, split_cases, warn_of_shared_patients
 
-__all__ = ["find_cases", "labelled", "labelled_folds", "list_cases", "prepare_cases"]
+__all__ = ["divide", "find_cases", "labelled", "labelled_folds", "list_cases", "prepare_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def prepare_cases(
         modality: see :func:`check_cases`.
         val_fraction: see :func:`split_cases`; where the data does not say who is validated on.
         contrasts: see :func:`find_cases`.
-        group_by: see :func:`group_cases`; None: patients are what the data says.
+        group_by: see :func:`find_cases`.
         index: that knows the volumes; without one, all are read now.
         **checks: the other arguments of :func:`check_cases`.
 
@@ -45,16 +45,9 @@ def prepare_cases(
     parallel.check_started()
     source = dataset_dir() if callable(dataset_dir) else dataset_dir
     index = index or Index(None)
-    folds = find_cases(source, contrasts, checks.get("skip_invalid", False), index)
-    if group_by is not None:
-        folds = {fold: group_cases(cases, group_by) for fold, cases in folds.items()}
+    folds = find_cases(source, contrasts, checks.get("skip_invalid", False), index, group_by)
     usable = check_cases([case for fold in folds.values() for case in fold], modality, index=index, **checks)
-    names = {case["case"] for case in without_copies(usable, index.describe(usable))}
-    folds = {fold: [case for case in cases if case["case"] in names] for fold, cases in folds.items()}
-    if "validation" not in folds:
-        folds = split_cases(folds["training"], val_fraction)
-    else:
-        warn_of_shared_patients(folds)
+    folds = divide(folds, without_copies(usable, index.describe(usable)), val_fraction)
     for fold, cases in folds.items():
         if not cases:
             raise Mistake(f"no volume is left for {fold} of the {len(usable)} usable ones in {dataset_dir}: add some")
@@ -67,6 +60,7 @@ def find_cases(
     contrasts: str | Sequence[str] | None = None,
     skip_invalid: bool = False,
     index: Index | None = None,
+    group_by: str | None = None,
 ) -> dict[str, list[Case]]:
     """List the volumes of a dataset; those that are not there too, for the check to name.
 
@@ -77,6 +71,7 @@ def find_cases(
         contrasts: of a BIDS folder, the suffix of the images to take, such as ``T1w``, or several, to be channels.
         skip_invalid: leave out cases that lack a contrast or a channel, with a warning, instead of refusing them.
         index: that remembers the headers of DICOM files; default: all are read.
+        group_by: see :func:`group_cases`; None: patients are what the data says.
 
     Returns:
         ``training``, and ``validation`` where a datalist or nnU-Net's split names it, by a list of its own or by
@@ -109,7 +104,18 @@ def find_cases(
         raise Mistake(
             f"{dataset_dir} has several volumes named {names}: each may be there once, in one list and one format"
         )
-    return {fold: [case for case in cases if "lacks" not in case] for fold, cases in folds.items()}
+    folds = {fold: [case for case in cases if "lacks" not in case] for fold, cases in folds.items()}
+    return folds if group_by is None else {fold: group_cases(cases, group_by) for fold, cases in folds.items()}
+
+
+def divide(folds: dict[str, list[Case]], kept: Sequence[Case], val_fraction: float) -> dict[str, list[Case]]:
+    """Keep some of the cases that were found, and split them where the data does not say who is validated on."""
+    names = {case["case"] for case in kept}
+    folds = {fold: [case for case in cases if case["case"] in names] for fold, cases in folds.items()}
+    if "validation" not in folds:
+        return split_cases(folds["training"], val_fraction)
+    warn_of_shared_patients(folds)
+    return folds
 
 
 def list_cases(

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,25 +127,19 @@ def series_cases(
     root: Path, files: Sequence[Path], remember: Remember | None = None
 ) -> tuple[list[Case], Counter[str]]:
     """Make a case of each DICOM series, named after the folder that it alone lies in, else after its UID, too."""
-    found, passed_over = find_series((path for path in files if path.exists()), remember)
+    found, passed_over = find_series(files, remember)
     for series in (other for other in found if other.modality in NO_SCANS):
         passed_over[f"of modality {series.modality}"] += len(series.files)
     found = [series for series in found if series.modality not in NO_SCANS]
     places = [_common_folder(series.files) for series in found]
-    gone = defaultdict(list)  # files whose content was not fetched, which no series can do without
-    for path in files:
-        if not path.exists():
-            gone[path.parent].append(str(path))
-    cases: list[Case] = [
-        {"image": paths, "case": _folder_name(folder, root)} for folder, paths in gone.items() if folder not in places
-    ]
+    cases: list[Case] = []
     for series, place in zip(found, places, strict=True):
         name = _folder_name(place, root)
         if places.count(place) > 1:
             name = case_name(place / re.sub(r"[^\w.-]", "_", series.uid), root)
         about = {"patient": series.patient, "session": series.study, "modality": series.modality}
         known = {key: value for key, value in about.items() if value}
-        cases.append({"image": [*series.files, *gone[place]], "case": name, **known})
+        cases.append({"image": [*series.files], "case": name, **known})
     return cases, passed_over
 
 

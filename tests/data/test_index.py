@@ -243,6 +243,6 @@ def test_what_a_prepared_volume_takes_is_known_before_it_is_prepared(side, tmp_p
         write_volume(tmp_path / "scans" / f"{seed}.nii.gz", shape=(side, side + 3, side), seed=seed)
     knobs = TINY_KNOBS | {"dataset_dir": str(tmp_path / "scans"), "output_dir": str(tmp_path), "num_workers": 0}
     workflow = started(**knobs)
-    (facts,) = Index(None).describe(workflow.parser.get_parsed_content("cases")["training"])
+    facts = Index(None).describe(workflow.parser.get_parsed_content("cases")["training"])
     cached = workflow.parser.get_parsed_content("train::dataset")._cache[0]["image"].untyped_storage().nbytes()
-    assert cached == prepared_bytes(facts, None, TINY_KNOBS["img_size"])
+    assert [cached] == prepared_bytes(facts, None, TINY_KNOBS["img_size"])

@@ -78,7 +78,7 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
     spacing, why, grid, cache = _fitted(cohort.facts, size, folder / "cache")
     crop = [side * size.patch_size for side in grid]
     shape = " x ".join(f"{side:.0f}" for side in _median_shape(cohort.facts, spacing))
-    prepared = sum(prepared_bytes(one, spacing, crop) for one in cohort.facts)
+    prepared = sum(prepared_bytes(cohort.facts, spacing, crop))
     workers = min(8, machine.cores() - 1) if on_gpu else max(0, min(2, machine.cores() // 2 - 1))
     of_size = f"goes with the size {name}"
     return {
@@ -115,7 +115,7 @@ def _fitted(facts: Sequence[Facts], size: Size, cache_dir: Path) -> tuple[list[f
             try:
                 return spacing, why, grid, choose_cache("auto", facts, spacing, crop, cache_dir)
             except Mistake:
-                prepared = sum(prepared_bytes(one, spacing, crop) for one in facts)
+                prepared = sum(prepared_bytes(facts, spacing, crop))
             if prepared >= before:  # they are padded to a crop by now
                 return spacing, why, grid, "none"
             before, factor = prepared, 1.25

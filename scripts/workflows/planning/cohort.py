@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...data import Case, Facts, Index, case_problem, find_cases, group_cases, split_cases, without_copies
+from ...data import Case, Facts, Index, case_problem, divide, find_cases, without_copies
 from ...mistakes import Mistake
 
 __all__ = ["Cohort", "cohort_modality", "look_at"]
@@ -33,10 +33,8 @@ def look_at(
     group_by: str | None = None,
 ) -> Cohort:
     """Find and describe the volumes of a dataset; arguments as of :func:`~bertswin_mae.data.prepare_cases`."""
-    folds = find_cases(dataset_dir, contrasts, skip_invalid=True, index=index)
+    folds = find_cases(dataset_dir, contrasts, skip_invalid=True, index=index, group_by=group_by)
     complete = _is_complete(dataset_dir, contrasts, index)
-    if group_by is not None:
-        folds = {fold: group_cases(its, group_by) for fold, its in folds.items()}
     cases = [case for fold in folds.values() for case in fold]
     described = index.describe(cases)
     modality = cohort_modality(cases, described)
@@ -48,9 +46,8 @@ def look_at(
         raise Mistake(f"none of the {len(cases)} volumes can be used, the first one, {cases[0]['case']}: {problems[0]}")
     kept = without_copies(*zip(*usable, strict=True))
     names = {case["case"] for case in kept}
-    folds = {fold: [case for case in its if case["case"] in names] for fold, its in folds.items()}
-    folds = folds if "validation" in folds else split_cases(folds["training"], val_fraction)
     facts = [facts for case, facts in usable if case["case"] in names]
+    folds = divide(folds, kept, val_fraction)
     return Cohort(cases, problems, modality, channels, kept, facts, folds, complete)
 
 

@@ -54,7 +54,7 @@ def findings(cohort: Cohort) -> list[str]:
 def costs(settings: Settings, trial: Trial, cohort: Cohort) -> list[str]:
     """Say how long the training takes, and what it needs."""
     value = {name: value for name, (value, _) in settings.items()}
-    sizes = sorted(prepared_bytes(one, value["spacing"], value["img_size"]) for one in cohort.facts)
+    sizes = sorted(prepared_bytes(cohort.facts, value["spacing"], value["img_size"]))
     rest = sum(sizes) - sum(sizes[place] for place in places(len(sizes)))
     iterations, validated = value["iterations_per_epoch"], len(cohort.folds["validation"])
     epoch = iterations * trial.seconds_per_iteration + validated * trial.seconds_per_validation

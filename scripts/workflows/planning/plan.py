@@ -73,7 +73,7 @@ def plan(
 def _tried(settings: Settings, cohort: Cohort, folder: Path, device: str) -> Trial:
     """Try batches, each half of the one before, until one fits; it is put into the settings."""
     batch_size = wanted = SIZES[size_of(cohort, device)].batch_size
-    sizes = [prepared_bytes(one, settings["spacing"][0], settings["img_size"][0]) for one in cohort.facts]
+    sizes = prepared_bytes(cohort.facts, settings["spacing"][0], settings["img_size"][0])
     by_size = [cohort.kept[place] for place in np.argsort(sizes)]
     while batch_size >= 1:
         logger.info("trying a training with batches of %d", batch_size)
