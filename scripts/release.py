@@ -225,5 +225,5 @@ if __name__ == "__main__":
     given = sys.argv[1:]
     command(
         {"build": build, "large_files": large_files, "hugging_face": hugging_face, "check": check},
-        given if given and not given[0].startswith("--schema") else ["build", *given],
+        given if given and (given[0] == "--help" or not given[0].startswith("--")) else ["build", *given],
     )
