@@ -16,7 +16,7 @@ from ...data import Index, find_cases
 from ...workflows.planning.trial import run_and_measure
 from ..reporting import markdown_table, write_report
 from .networks import machine
-from .training import CONFIGS
+from .training import CONFIGS, TRAINING
 
 __all__ = ["cohort"]
 
@@ -63,7 +63,6 @@ def _steps(scans: Path, place: Path, num_workers: int) -> dict[str, Callable[[],
     """List what is measured, in its order: each step finds what those before it have left."""
     program = f"import sys; sys.path.insert(0, {str(CONFIGS.parent)!r}); from {__name__} import {{0}}; "
     program += f"{{0}}({str(scans)!r}, {str(place / 'index.jsonl')!r}, {num_workers})"
-    configs = f"['{CONFIGS / 'train.yaml'}','{CONFIGS / 'small.yaml'}']"
     shared = {"dataset_dir": scans, "num_workers": num_workers}
     training = {"output_dir": place / "run", "index": place / "index.jsonl", "cache": "disk", "max_epochs": 1}
     training |= TINY | {"decoder_embed_dim": 32, "batch_size": 16, "warmup_epochs": 0, "num_figure_volumes": 0} | shared
@@ -73,8 +72,8 @@ def _steps(scans: Path, place: Path, num_workers: int) -> dict[str, Callable[[],
     commands = {
         "merely read": ["-c", program.format("read_all")],
         "index": ["-c", program.format("index_all")],
-        "second start, one iteration": _bundle("training", configs, start),
-        "an epoch, cache on disk": _bundle("training", configs, training | {"iterations_per_epoch": "null"}),
+        "second start, one iteration": _bundle("training", str([*TRAINING]), start),
+        "an epoch, cache on disk": _bundle("training", str([*TRAINING]), training | {"iterations_per_epoch": "null"}),
         "inference": _bundle("inference", str(CONFIGS / "inference.json"), inference),
     }
     return {step: partial(_measured, command, place) for step, command in commands.items()}

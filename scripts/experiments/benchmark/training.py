@@ -17,12 +17,13 @@ from .networks import machine
 
 __all__ = ["data", "time_training"]
 
-CONFIGS = tuple(str(Path(__file__).resolve().parents[3] / "configs" / name) for name in ("train.yaml", "small.yaml"))
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+TRAINING = (str(CONFIGS / "train.yaml"), str(CONFIGS / "small.yaml"))
 
 
 def data(
     dataset_dir: str,
-    config_file: Sequence[str] = CONFIGS,
+    config_file: Sequence[str] = TRAINING,
     epochs: int = 2,
     output_dir: str = "runs/benchmark",
     **knobs: Any,
