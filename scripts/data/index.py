@@ -147,7 +147,8 @@ def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
             about = json.loads(line)
             about.pop("case", None)  # which is for readers
             key = about.pop("key")
-            if "problem" not in about:  # which may be gone: the file system's, or a decoder that was not installed
+            # What cannot be read today may be tomorrow: the file system's fault, or a decoder that was not installed.
+            if "problem" not in about and None not in about.get("headers", []):
                 lines[key] = about
         except (ValueError, KeyError, AttributeError, TypeError):  # noqa: PERF203
             continue  # empty, or cut off when its run was killed

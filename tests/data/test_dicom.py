@@ -186,7 +186,13 @@ def test_headers_are_read_once_and_again_in_a_folder_that_changed(tmp_path, monk
     read.clear()
     assert find_cases(tmp_path / "tree", index=Index(tmp_path / "index.jsonl")) == first
     assert read == []
-    next((tmp_path / "tree" / "p1").iterdir()).touch()
+    unreadable = next((tmp_path / "tree" / "p1").iterdir())
+    unreadable.write_bytes(unreadable.read_bytes()[:100])
+    for _ in range(2):  # it may be readable the next time
+        find_cases(tmp_path / "tree", index=Index(tmp_path / "index.jsonl"))
+        assert {path.parent.name for path in read} == {"p1"}
+        read.clear()
+    write(tmp_path / "tree" / "p1", slices_of(voxels + 1, PatientID="p1"))
     assert find_cases(tmp_path / "tree", index=Index(tmp_path / "index.jsonl")) == first
     assert {path.parent.name for path in read} == {"p1"}
     index = Index(tmp_path / "index.jsonl")
