@@ -13,11 +13,12 @@ from .networks import (
     random_masking,
     unpatchify,
 )
-from .weights import bundle_root, pretrained_encoder
+from .weights import bundle_root
+from .workflows import from_pretrained
 
-__all__ = ["BertsWinEncoder", "BertsWinMAE", "ConvDecoder", "bundle_root", "list_cases", "patchify"]
+__all__ = ["BertsWinEncoder", "BertsWinMAE", "ConvDecoder", "bundle_root", "from_pretrained", "list_cases", "patchify"]
 __all__ += ["bertswin_mae_base_patch16_224", "bertswin_mae_small_patch8_48x64x48"]
-__all__ += ["pretrained_encoder", "random_masking", "unpatchify"]
+__all__ += ["random_masking", "unpatchify"]
 
 # Registered, so that a config anywhere can say `_target_: monai.networks.nets.BertsWinMAE`.
 monai.networks.nets.BertsWinMAE = BertsWinMAE

@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import logging
 import os
 import re
 import signal
@@ -12,19 +13,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import monai.bundle.scripts
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
 from .handlers import TRAINING_STATE, end_when_preempted
-from .knobs import is_expression, is_knob, read
+from .knobs import RENAMED, is_expression, is_knob, read
 from .mistakes import Mistake, causes, likely, reason
-from .weights import bundle_root
+from .weights import CARRIED, bundle_root, carried_knobs
 
-__all__ = ["check_knobs", "check_run", "check_workflow", "show_mistakes"]
+__all__ = ["as_written", "check_knobs", "check_run", "check_workflow", "show_mistakes"]
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # The configs of each recipe. Their top-level names are the knobs, the types of their plain values the valid types.
 RECIPES = {
@@ -35,6 +38,7 @@ RECIPES = {
     "segmentation": ("train.yaml", "finetune_segmentation.yaml"),
     "probe": ("train.yaml", "probe.yaml"),
 }
+PRETRAINING = ("pretraining", "conductor")  # what they start from may be of another size and spacing
 # What `--tracking mlflow` adds to a config.
 TRACKING_KNOBS = {
     k for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for k in tool["configs"].keys() - tool["handlers_id"]
@@ -44,31 +48,41 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a quota
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def check_knobs() -> None:
+def check_knobs(weights: str = "pretrained") -> None:
     """Check the overrides of a run against the configs of its recipe: the first step of every workflow.
 
-    What YAML would read as null, true or a number arrives from the command line as text: it is put right.
+    What YAML would read as null, true or a number arrives from the command line as text: it is put right. Knobs that
+    the user left alone become those that the run's weights carry.
+
+    Args:
+        weights: id of the entry that names the file of weights.
 
     Raises:
-        Mistake: for a name that neither the configs nor anything in the run knows; for a value that the knob cannot be.
+        Mistake: for a name that neither the configs nor anything in the run knows; for a value that the knob cannot be;
+            for one that contradicts the weights.
     """
     show_mistakes()
     parser = _caller(ConfigParser)
     if parser is None:
         raise RuntimeError("check_knobs works inside a MONAI bundle config only")
     _fit_tracking(parser)
-    folder = bundle_root() / "configs"
-    files = [str(folder / name) for name in RECIPES.get(parser.get("recipe", "inference"), RECIPES["pretraining"])]
-    defaults = ConfigParser.load_config_files(files)
-    for name, value in list(parser.get().items()):
+    given, recipe = _given() - TRACKING_KNOBS, parser.get("recipe", "inference")
+    files, defaults = _defaults(recipe)
+    passed = {"_meta_", *TRACKING_KNOBS, *_defaults("pretraining")[1]}  # an overlay may serve several workflows
+    changes = {}
+    for name, value in parser.get().items():
         if name in defaults:
             checked = read(name, value, defaults[name])
-            if repr(checked) != repr(value):  # setting it resolves the config anew
-                parser[name] = checked
-        elif name != "_meta_" and name not in TRACKING_KNOBS and not _is_known(name, value, parser.get(), folder):
-            names = sorted(name for name, default in defaults.items() if is_knob(name, default))
-            proposal = likely(name, names) or f": the knobs are {', '.join(names)}."
-            raise Mistake(f"there is no knob called {name}{proposal} All knobs are in {files[-1]}")
+            changes |= {name: checked} if repr(checked) != repr(value) else {}
+        elif name not in passed - given and not _is_referenced(name, parser.get()):
+            raise Mistake(_unknown(name, defaults, files[-1]))
+    _change(parser, changes)
+    _change(parser, _carried(parser, recipe, defaults, given, weights))
+
+
+def as_written(name: str) -> Any:
+    """Return an entry of the config as it is written, none of its components built."""
+    return _caller(ConfigParser)[name]
 
 
 def check_workflow() -> None:
@@ -184,14 +198,53 @@ def _fit_tracking(parser: ConfigParser) -> None:
             parser[f"train::handlers::{place}::output_transform"] = "$lambda output: output['loss']"
 
 
-def _is_known(name: str, value: Any, config: Any, folder: Path) -> bool:
-    return _is_referenced(name, config) or _is_of_an_overlay(name, value, folder)
+def _defaults(recipe: str) -> tuple[list[str], dict[str, Any]]:
+    """Name the config files of a recipe, and what they say together."""
+    folder = bundle_root() / "configs"
+    files = [str(folder / name) for name in RECIPES.get(recipe, RECIPES["pretraining"])]
+    return files, ConfigParser.load_config_files(files)
 
 
-def _is_of_an_overlay(name: str, value: Any, folder: Path) -> bool:
-    """Tell whether another config of the bundle says just this: an overlay may serve several workflows."""
-    others = (ConfigParser.load_config_file(other) for other in folder.glob("*.yaml"))
-    return any(name in other and other[name] == value for other in others)
+def _given() -> set[str]:
+    """Name what stands on the command line, even if it is what the config says anyway."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is monai.bundle.scripts.run.__code__:
+            return set(frame.f_locals["override"])
+        frame = frame.f_back
+    return set()
+
+
+def _unknown(name: str, defaults: dict[str, Any], file: str) -> str:
+    names = sorted(name for name, default in defaults.items() if is_knob(name, default))
+    proposal = likely(name, names) or f": the knobs are {', '.join(names)}."
+    if name in RENAMED:
+        proposal = f": it is called {RENAMED[name]} now."
+    return f"there is no knob called {name}{proposal} All knobs are in {file}"
+
+
+def _change(parser: ConfigParser, changes: dict[str, Any]) -> None:
+    if changes:  # all at once: it resolves the config anew
+        parser[""] = parser.get() | changes
+
+
+def _carried(parser: ConfigParser, recipe: str, own: dict[str, Any], given: set[str], weights: str) -> dict[str, Any]:
+    """Tell what must change for a run to fit the weights that it starts from; see :func:`carried_knobs`."""
+    path = parser.get_parsed_content(weights) if weights in parser else None
+    if path is None:
+        return {}
+    config = {name: value for name, value in parser.get().items() if name in own}
+    for name, value in config.items():
+        if name in CARRIED and is_expression(value):
+            config[name] = parser.get_parsed_content(name)
+    if recipe in PRETRAINING:
+        own = {name: own[name] for name in ("modality", "in_chans")}
+    changes = carried_knobs(path, config, own, given, with_head=weights != "pretrained")
+    if changes:
+        values = (f"{name} {'null' if value is None else value}" for name, value in changes.items() if name in CARRIED)
+        scaled = ["its scaling of intensities"] * ("intensities" in changes)
+        logger.info("as %s was trained: %s", path, ", ".join([*values, *scaled]))
+    return changes
 
 
 def _is_referenced(name: str, config: Any) -> bool:

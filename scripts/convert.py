@@ -1,13 +1,16 @@
-"""Convert weights between the original authors' names and ours, with a full account of every tensor.
+"""Convert weights: from and to the original authors' names, to several channels, to safetensors.
 
     python -m scripts.convert from_authors AUTHORS.pt MODEL.pt --config_file "['configs/train.yaml']"
     python -m scripts.convert to_authors MODEL.pt AUTHORS.pt --config_file "['configs/train.yaml']"
     python -m scripts.convert widen MODEL.pt WIDE.pt --in_chans 4 --spread mean
+    python -m scripts.convert to_safetensors MODEL.pt MODEL.safetensors
 
 The configs are those that the network was, or will be, trained with: they say what must be there. Knobs of the network
-on the command line count over theirs, such as `--strict_stem True`. Nothing is written unless all weights have a place.
+on the command line count over theirs, such as `--strict_stem True`. Every tensor is accounted for; nothing is written
+unless all have a place.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from . import weights
 from .mistakes import Mistake, command
 from .networks import BertsWinMAE
 
-__all__ = ["from_authors", "to_authors", "widen"]
+__all__ = ["from_authors", "to_authors", "to_safetensors", "widen"]
 
 CONFIG = "configs/train.yaml"
 # What the configs call what gives the network's weights their shapes.
@@ -45,7 +48,9 @@ def from_authors(source: str, target: str, config_file: str | Sequence[str] = CO
     if not isinstance(content, dict):
         raise Mistake(f"{source} holds a {type(content).__name__}, not weights by name")
     converted = weights.convert_reference_state_dict(content.get("model_state_dict", content))
-    weights.save(_filled(_network(config_file, knobs), converted, source).state_dict(), target)
+    network = _filled(_network(config_file, knobs), converted, source)
+    weights.write_record({"format": 1, "network": network.settings}, target)
+    weights.save(network.state_dict(), target)
     print(f"wrote {target}")
 
 
@@ -65,8 +70,21 @@ def widen(source: str, target: str, in_chans: int, spread: str) -> None:
     ``spread`` says how the stem's first kernel is spread: ``mean`` gives every channel an equal share, ``first`` gives
     all to the first one; see :func:`~bertswin_mae.weights.widen`.
     """
-    weights.save(weights.widen(weights.read_weights(source), in_chans, spread), target)
+    wide = weights.widen(weights.read_weights(source), in_chans, spread)
+    if record := weights.read_record(source):
+        network = weights.recorded(record, "network") | {"in_chans": in_chans}
+        weights.write_record(record | {"network": network}, target)
+    weights.save(wide, target)
     print(f"wrote {target}: {in_chans} channels, spread by {spread}")
+
+
+def to_safetensors(source: str, target: str) -> None:
+    """Write flat weights as ``.safetensors``, for publishing, with what they carry in its head."""
+    if Path(target).suffix != ".safetensors":
+        raise Mistake(f"{target} must end in .safetensors")
+    head = {"record": json.dumps(weights.read_record(source))}
+    weights.save(weights.read_weights(source), target, head=head)
+    print(f"wrote {target}")
 
 
 def _filled(network: BertsWinMAE, state_dict: Mapping[str, Tensor], source: str) -> BertsWinMAE:
@@ -89,4 +107,5 @@ def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> Ber
 
 
 if __name__ == "__main__":
-    command({"from_authors": from_authors, "to_authors": to_authors, "widen": widen})
+    commands = {"from_authors": from_authors, "to_authors": to_authors, "widen": widen}
+    command({**commands, "to_safetensors": to_safetensors})

@@ -8,7 +8,7 @@ from typing import Any
 
 from .mistakes import Mistake, likely
 
-__all__ = ["CHOICES", "EXAMPLES", "RANGES", "Range", "is_expression", "is_knob", "read"]
+__all__ = ["CHOICES", "EXAMPLES", "RANGES", "RENAMED", "Range", "is_expression", "is_knob", "read"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ RANGES: dict[str, Range] = {
 }
 # Of knobs that a config leaves null or computes, what they may be.
 PATHS = ("cache_dir", "ckpt_dir", "dataset_dir", "index", "output_dir")
-WEIGHTS = ("checkpoint", "pretrained")
+WEIGHTS = ("pretrained",)
+RENAMED = {"checkpoint": "pretrained"}  # what an earlier version called them
 EXAMPLES: dict[str, Any] = {
     **dict.fromkeys(PATHS, "FOLDER"),
     **dict.fromkeys(WEIGHTS, "MODEL.pt"),

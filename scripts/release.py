@@ -8,7 +8,6 @@ The first is for weights that lie elsewhere, and what it writes is to be committ
 and its changelog stand in `configs/metadata.json` alone. Nothing here uploads anything.
 """
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -22,10 +21,11 @@ import torch
 import yaml
 from monai.bundle import verify_metadata
 
+from .convert import to_safetensors
 from .mistakes import Mistake, command, reason
-from .weights import load
+from .weights import load, sha256
 
-__all__ = ["build", "check", "hugging_face", "large_files", "sha256"]
+__all__ = ["build", "check", "hugging_face", "large_files"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "bertswin_mae"
@@ -130,7 +130,7 @@ def large_files(urls: Mapping[str, str], bundle_dir: str | Path = ROOT) -> None:
 def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/huggingface") -> Path:
     """Lay out the folder to upload, and print the command that does it.
 
-    It holds what is in the zip, with the head that the hub reads on its front page.
+    It holds what is in the zip, the weights also as safetensors, with the head that the hub reads on its front page.
 
     Args:
         repo: ``owner/name``.
@@ -150,6 +150,8 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         root = _unpack(str(source), Path(place))
+        for weights in root.glob("models/*.pt"):
+            to_safetensors(str(weights), str(weights.with_suffix(".safetensors")))
         shutil.rmtree(folder, ignore_errors=True)
         root.replace(folder)
     tags = ["monai", "medical", "self-supervised"]
@@ -160,11 +162,6 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {upload}")
     print(f"MONAI finds a version by its tag on the hub:\n  hf repos tag create {repo} {version}")
     return folder
-
-
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _unpack(archive: str, place: Path) -> Path:

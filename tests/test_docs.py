@@ -131,7 +131,7 @@ def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
 
 
 def test_the_encoder_page_goes_from_the_weights_to_their_use_in_ten_lines():
-    body = next(parameter.values[1] for parameter in blocks("python") if "pretrained_encoder" in parameter.values[1])
+    body = next(parameter.values[1] for parameter in blocks("python") if "from_pretrained" in parameter.values[1])
     assert len([line for line in body.splitlines() if line]) == 10
 
 
@@ -192,7 +192,9 @@ def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_p
         ).strip()
     )
     in_package(
-        installed, "import torch, bertswin_mae as b; b.pretrained_encoder()(torch.ones(1, 1, 48, 64, 48))", tmp_path
+        installed,
+        "import torch, bertswin_mae as b; b.from_pretrained(device='cpu')(torch.ones(1, 1, 48, 64, 48))",
+        tmp_path,
     )
     assert {path.name for path in (root / "configs").rglob("*")} == {
         path.name for path in (ROOT / "configs").glob("*.*")

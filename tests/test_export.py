@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import bundle, copy_bundle, noise
 
-from scripts import bertswin_mae_small_patch8_48x64x48, pretrained_encoder
+from scripts import bertswin_mae_small_patch8_48x64x48, from_pretrained
 from scripts.networks import SegmentationNetwork
 
 CONFIG, META = "configs/inference.json", "configs/metadata.json"
@@ -51,7 +51,7 @@ def test_ckpt_export_writes_a_torchscript_that_computes_the_same(options, weight
     result = bundle(
         *("ckpt_export", "--net_id", "network_def", "--config_file", CONFIG, "--meta_file", META, *options),
         ckpt_file=weights,
-        checkpoint=weights,
+        pretrained=weights,
         filepath=tmp_path / "model.ts",
     )
     assert result.returncode == 0, result.stderr
@@ -68,7 +68,7 @@ def test_ckpt_export_needs_no_option(volume, tmp_path):
     assert result.returncode == 0, result.stderr
     script, _, _ = monai.data.load_net_with_metadata(tmp_path / "model.ts", map_location="cpu")
     with torch.no_grad():
-        agrees(script(volume), pretrained_encoder(), volume, 1e-5)
+        agrees(script(volume), from_pretrained(device="cpu"), volume, 1e-5)
 
 
 @pytest.mark.parametrize("blockwise_norm", [False, True])
@@ -90,7 +90,7 @@ def test_onnx_export_agrees_with_onnxruntime(weights, encoder, volume, tmp_path)
     result = bundle(
         *("onnx_export", "--net_id", "network_def", "--config_file", CONFIG, "--meta_file", META),
         ckpt_file=weights,
-        checkpoint=weights,
+        pretrained=weights,
         filepath=tmp_path / "model.onnx",
     )
     assert result.returncode == 0, result.stderr

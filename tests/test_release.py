@@ -20,6 +20,7 @@ from test_configs import REQUIRED
 
 from scripts import release
 from scripts.networks import BertsWinEncoder
+from scripts.weights import read_record
 
 pytestmark = pytest.mark.slow
 
@@ -265,14 +266,19 @@ def test_the_list_of_large_weights_takes_files_of_the_bundle_alone(repository, t
             release.large_files({path: "https://example.org/x.pt"}, str(repository))
 
 
-def test_the_folder_for_hugging_face_is_what_is_in_the_zip(built, tmp_path, capsys):
+def test_the_folder_for_hugging_face_is_what_is_in_the_zip_and_weights_as_safetensors(built, tmp_path, capsys):
+    pytest.importorskip("safetensors")
     built = Path(shutil.copy(built, tmp_path))
     folder = release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))
     page = (folder / "README.md").read_text()
     assert page.startswith("---\nlicense:\n- apache-2.0\n- cc-by-sa-4.0\nlibrary_name: monai\n")
     with ZipFile(built) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
-    assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == names
+    assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == {
+        *names,
+        "bertswin_mae/models/model.safetensors",
+    }
+    assert read_record(folder / "models/model.safetensors") == read_record(folder / "models/model.pt")
     printed = capsys.readouterr().out
     assert "hf upload owner/bertswin_mae" in printed
     assert f"hf repos tag create owner/bertswin_mae {version_of(ROOT)}\n" in printed

@@ -1,5 +1,6 @@
 """Check that volumes and label maps can be used, before anything is trained."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from .. import parallel
 from ..mistakes import Mistake, reason
+from ..weights import is_usual, usual_spacing
 from .describing import PERCENTILES, Case, describe_volume
 from .index import Index
 from .reading import read_label, read_volume
@@ -40,6 +42,7 @@ def check_cases(
     skip_invalid: bool = False,
     spacing: Sequence[float] | None = None,
     index: Index | None = None,
+    weights: str | Path | None = None,
 ) -> list[Case]:
     """Look at every volume once, before training, and return the cases that can be used.
 
@@ -50,12 +53,13 @@ def check_cases(
         skip_invalid: leave out volumes that cannot be used, instead of ending the run.
         spacing: mm that volumes will be resampled to, if at all: what would not fit in memory then is refused.
         index: that knows the volumes; without one, all are read now.
+        weights: that they must fit, if those take voxels as they are; see ``usual`` of :func:`facts_problem`.
 
     Raises:
         Mistake: naming each volume that cannot be used, and why, unless ``skip_invalid``; or when none is left.
     """
     described = (index or Index(None)).describe(cases)
-    arguments = (modality, in_chans, spacing)
+    arguments = (modality, in_chans, spacing, MOST_VOXELS, usual_spacing(weights))
     problems = [case_problem(case, facts, *arguments) for case, facts in zip(cases, described, strict=True)]
     found = {_name(case): problem for case, problem in zip(cases, problems, strict=True) if problem}
     if found and not skip_invalid:
@@ -131,6 +135,7 @@ def facts_problem(
     in_chans: int = 1,
     spacing: Sequence[float] | None = None,
     max_voxels: float = MOST_VOXELS,
+    usual: Facts | None = None,
 ) -> str | None:
     """Say why a volume cannot be used, by its facts of :func:`describe_volume`, or None.
 
@@ -140,6 +145,7 @@ def facts_problem(
         in_chans: channels it must have.
         spacing: mm that it will be resampled to, if at all.
         max_voxels: that it may have then, all channels together.
+        usual: :func:`~bertswin_mae.weights.usual_spacing` of a network that takes voxels as they are.
     """
     if problem := facts.get("problem"):
         return problem
@@ -155,6 +161,8 @@ def facts_problem(
     if min(shape) == 1:
         return f"is a single slice of shape {tuple(shape)}, where a volume is needed"
     if problem := next(filter(None, (_channel_problem(channel, modality) for channel in facts["channels"])), None):
+        return problem
+    if usual and spacing is None and (problem := _spacing_problem(facts, usual)):
         return problem
     resampled = resampled_shape(facts, spacing)
     if (voxels := channels * resampled.prod()) > max_voxels:
@@ -175,6 +183,15 @@ def geometry_in_ras(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     """Tell the shape ``(D, H, W)`` and the spacing in mm of a volume, once its axes are in the order of RAS."""
     order = sorted(range(3), key=lambda axis: "RLAPSI".index(facts["axes"][axis]))
     return np.array(facts["shape"][1:], dtype=float)[order], np.array(facts["spacing"])[order]
+
+
+def _spacing_problem(facts: Facts, usual: Facts) -> str | None:
+    sides = geometry_in_ras(facts)[1]
+    if is_usual(sides, usual):
+        return None
+    has, seen = (" x ".join(f"{side:.3g}" for side in values) for values in (sides, usual["median"]))
+    advice = f"resample it, by --spacing {json.dumps(usual['median'])}"
+    return f"has voxels of {has} mm, where the weights were trained on {seen} mm: {advice}"
 
 
 def _label_problem(case: Case, num_labels: int) -> str | None:
@@ -201,6 +218,11 @@ def _channel_problem(facts: Facts, modality: str) -> str | None:
         return f"is constant: every voxel is {facts['min']:g}"
     if modality == "ct" and (problem := _hounsfield_problem(facts)):
         return problem
+    if modality == "mr" and _is_air(facts["min"], facts["seen"][0]) and facts["seen"][-2] < CT_TISSUE_BELOW_HU:
+        return (
+            f"is a CT by its values (air at {facts['seen'][0]:.0f} HU), where modality is mr: use --modality ct, and "
+            "weights of CT"
+        )
     if values := facts.get("values"):
         return f"looks like a label map: its only values are {', '.join(f'{value:g}' for value in values)}"
     if (equal := facts.get("equal", 0)) >= EQUAL_NEIGHBOURS:
@@ -215,12 +237,16 @@ def _channel_problem(facts: Facts, modality: str) -> str | None:
     return None
 
 
+def _is_air(*values: float) -> bool:
+    return any(CT_AIR_HU[0] <= value <= CT_AIR_HU[1] for value in values)
+
+
 def _hounsfield_problem(facts: Facts) -> str | None:
     lowest, highest, spread = facts["lowest"], facts["max"], f"the range is {facts['min']:g} to {facts['max']:g}"
     if highest < CT_NEEDS_ABOVE_HU:
         return f"holds nothing but air: no voxel is above {CT_NEEDS_ABOVE_HU} HU, {spread}"
     # Padding is no air. But where a body was cut out, what is around it stands for air, and the body is at 0 HU.
-    cut_out = CT_AIR_HU[0] <= facts["min"] <= CT_AIR_HU[1] and facts["seen"][-2] < CT_TISSUE_BELOW_HU
+    cut_out = _is_air(facts["min"]) and facts["seen"][-2] < CT_TISSUE_BELOW_HU
     if lowest <= CT_NEEDS_BELOW_HU or cut_out:
         return None
     needs = f"no voxel{' but padding' if lowest > facts['min'] else ''} is below {CT_NEEDS_BELOW_HU} HU (air is -1000)"

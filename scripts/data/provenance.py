@@ -1,12 +1,19 @@
-"""Which volumes weights have seen: salted hashes of the voxels, in the JSON beside the weights."""
+"""Where weights come from, and which volumes they have seen, as salted hashes of the voxels: part of their record."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import monai
+import numpy as np
+import torch
+
+from ..weights import bundle_root, read_record, recorded, sha256
+from .checks import geometry_in_ras
 from .describing import Case
 from .index import Index
 
@@ -15,17 +22,44 @@ __all__ = ["provenance", "warn_of_seen"]
 logger = logging.getLogger(__name__)
 
 
-def provenance(cases: Sequence[Case], index: Index, pretrained: str | Path | None = None) -> dict[str, Any]:
-    """Tell what weights have seen that are trained on some cases, and what those they start from have seen.
+def provenance(
+    cases: Sequence[Case],
+    index: Index,
+    pretrained: str | Path | None = None,
+    recipe: str = "",
+    preprocessing: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tell what weights are trained on and how: the part of their record that is known before they are trained.
+
+    Args:
+        cases: to train on.
+        index: that knows them.
+        pretrained: weights to start from; what those have seen counts too.
+        recipe: name of the training's.
+        preprocessing: ``modality``, ``spacing``, ``intensity``, …
 
     Returns:
-        What is written beside the weights: ``seen``, a ``salt`` and a hash of each volume. They tell whether somebody
-        who has a volume may test on it, and nothing to those who have not.
+        Plain values by name, no paths among them. ``seen`` is a ``salt`` and a hash of each volume: they tell whether
+        somebody who has a volume may test on it, and nothing to those who have not.
     """
-    hashes = {facts["hash"] for facts in index.describe(cases)}
+    described = index.describe(cases)
+    hashes = {facts["hash"] for facts in described}
     before = _seen(pretrained)
     salt = before["salt"] or hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:16]
-    return {"seen": {"salt": salt, "hashes": sorted({*before["hashes"], *(_salted(one, salt) for one in hashes)})}}
+    spacings = np.percentile([geometry_in_ras(facts)[1] for facts in described], [5, 50, 95], axis=0).round(3).tolist()
+    usual = dict(zip(("low", "median", "high"), spacings, strict=True))
+    version = json.loads((bundle_root() / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
+    return {
+        "preprocessing": {**(preprocessing or {}), "orientation": "RAS", "cohort_spacing": usual},
+        "versions": {"bertswin_mae": version, "monai": monai.__version__, "torch": torch.__version__},
+        "provenance": {
+            "recipe": recipe,
+            "date": datetime.now(tz=timezone.utc).date().isoformat(),
+            "volumes": len(cases),
+            "started_from_sha256": pretrained and sha256(pretrained),
+        },
+        "seen": {"salt": salt, "hashes": sorted({*before["hashes"], *(_salted(one, salt) for one in hashes)})},
+    }
 
 
 def warn_of_seen(cases: list[Case], index: Index, weights: str | Path | None, what: str = "validation") -> list[Case]:
@@ -46,10 +80,7 @@ def warn_of_seen(cases: list[Case], index: Index, weights: str | Path | None, wh
 
 
 def _seen(weights: str | Path | None) -> dict[str, Any]:
-    record = None if weights is None else Path(weights).with_suffix(".json")
-    content = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.is_file() else {}
-    seen = content.get("seen") if isinstance(content, dict) else None  # it may be another tool's
-    return {"salt": "", "hashes": []} | (seen if isinstance(seen, dict) else {})
+    return {"salt": "", "hashes": []} | recorded(read_record(weights), "seen")
 
 
 def _salted(content: str, salt: str) -> str:

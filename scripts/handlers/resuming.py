@@ -1,6 +1,5 @@
 """A run that can end at any moment and go on as if it had not: locked, saved, preempted, resumed by one handler."""
 
-import json
 import logging
 import math
 import signal
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from .. import parallel
 from ..mistakes import Mistake
-from ..weights import checkpoints, encoder_part, fill
+from ..weights import checkpoints, encoder_part, fill, write_record
 
 __all__ = ["TRAINING_STATE", "Checkpointing", "end_when_preempted", "lock_folders"]
 
@@ -68,7 +67,7 @@ class Checkpointing:
     save_encoder: bool = False  # also write the best network's `encoder` alone, to encoder.pt
     about: dict[str, Any] = field(default_factory=dict)  # settings, plain values, that a resumed run must share
     folders: Sequence[str | Path] = ()  # that the run writes to, to be locked
-    record: dict[str, Any] | None = None  # about the weights, to be written beside them as JSON
+    record: dict[str, Any] | None = None  # of the weights' origin, to be completed and written beside them as JSON
 
     def __post_init__(self) -> None:
         self.folder, self.preempted, self.is_first = Path(self.ckpt_dir), False, idist.get_rank() == 0
@@ -122,13 +121,13 @@ class Checkpointing:
         self._save_state(engine, network, engine.state.epoch, engine.state.iteration)
 
     def _save_weights(self, weights: dict[str, Tensor], name: str) -> None:
+        path, state = self.folder / f"{name}.pt", self.validator.state
         if self.record is not None:
-            path, beside = self.folder / f"{name}.json", self.folder / f".{name}.json"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with checkpoints.named_after(path):
-                beside.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-                beside.replace(path)
-        checkpoints.save(weights, self.folder / f"{name}.pt")
+            metrics = {name: value for name, value in state.metrics.items() if isinstance(value, int | float)}
+            network = getattr(self.network, "settings", {})
+            about = {"format": 1, "network": network, "metrics": {"epoch": state.best_metric_epoch, **metrics}}
+            write_record(about | self.record, path)
+        checkpoints.save(weights, path)
 
     def save_within_epoch(self, engine: Engine) -> None:
         """Write the state after the last optimiser step, in the middle of an epoch or before its validation."""

@@ -156,6 +156,7 @@ class BertsWinMAE(nn.Module):
         self.decoder = ConvDecoder(encoder_embed_dim, decoder_embed_dim, patch_size, in_chans, activation_checkpointing)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder_embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
+        self.settings = {**self.encoder.settings, "decoder_embed_dim": decoder_embed_dim}
 
     def forward(
         self, volume: Tensor, valid_for_masking_mask: Tensor | None = None, masked: Tensor | None = None

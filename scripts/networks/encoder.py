@@ -130,6 +130,19 @@ class BertsWinEncoder(nn.Module):
             encoder_embed_dim, depth, num_heads, window_size, self.grid_size, activation_checkpointing
         )
         self.apply(initialise_weights)
+        # By the names of the configs' knobs: what weights carry with them.
+        self.settings = {
+            "img_size": list(self.img_size),
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "encoder_embed_dim": encoder_embed_dim,
+            "encoder_depth": depth,
+            "encoder_num_heads": num_heads,
+            "swin_window_size": list(window_size),
+            "stem_base_dim": stem_base_dim,
+            "strict_stem": strict_stem,
+            "blockwise_norm": blockwise_norm,
+        }
 
     @property
     def num_patches(self) -> int:

@@ -33,6 +33,8 @@ class SegmentationNetwork(nn.Module):
     def __init__(self, encoder: nn.Module, out_channels: int, feature_size: int = 16) -> None:
         super().__init__()
         self.encoder = encoder
+        head = {"num_labels": out_channels - 1, "feature_size": feature_size}
+        self.settings = getattr(encoder, "settings", {}) | head
         self.num_levels = encoder.patch_size.bit_length() - 1
         with torch.no_grad():  # of the shapes alone
             volume = torch.empty(1, encoder.in_chans, *encoder.img_size, device="meta")

@@ -4,4 +4,5 @@
 from .authors import *
 from .checkpoints import *
 from .pretrained import *
+from .record import *
 from .widening import *

@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,23 +17,26 @@ from torch.utils._pytree import tree_map
 
 from ..mistakes import Mistake
 
-__all__ = ["DamagedCheckpointError", "load", "load_newest", "previous", "save"]
+__all__ = ["DamagedCheckpointError", "load", "load_newest", "previous", "read_head", "save"]
 
 logger = logging.getLogger(__name__)
+
+SAFETENSORS = ".safetensors"
 
 
 class DamagedCheckpointError(Mistake):
     """A file is not the checkpoint that was once written: cut off, or changed."""
 
 
-def save(content: Any, path: str | Path, keep_previous: bool = False) -> None:
+def save(content: Any, path: str | Path, keep_previous: bool = False, head: dict[str, str] | None = None) -> None:
     """Write a checkpoint beside its place, sync it and rename it there: a kill leaves the old file or the new one.
 
     Args:
         content: what ``torch.save`` takes; tensors are stored on the CPU, so that any machine can read them. Every
             tensor gets a checksum (CRC-32), which :func:`load` compares.
-        path: where the file goes; its folder is made.
+        path: where the file goes; its folder is made. A ``.safetensors`` takes flat weights alone.
         keep_previous: keep the file that was there as :func:`previous`, for :func:`load_newest` to fall back on.
+        head: text by name, for the head of a ``.safetensors``.
 
     Raises:
         OSError: when it cannot be written, naming the file; what was there before is as it was.
@@ -44,7 +48,11 @@ def save(content: Any, path: str | Path, keep_previous: bool = False) -> None:
         descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                torch.save(content, file)
+                if path.suffix == SAFETENSORS:
+                    contiguous = {name: value.contiguous() for name, value in content.items()}
+                    file.write(_safetensors(path).torch.save(contiguous, {"format": "pt"} | (head or {})))
+                else:
+                    torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             Path(beside).chmod(0o644)
@@ -87,6 +95,9 @@ def load(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise Mistake(f"there is no checkpoint at {path}")
+    if path.suffix == SAFETENSORS:
+        with _readable(path):
+            return _safetensors(path).torch.load_file(path)
     try:
         # torch itself does not compare the checksums. What is no zip archive may be a file of an early torch.
         changed = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
@@ -110,6 +121,29 @@ def load(path: str | Path) -> Any:
             "anything else could run code, so this is not done here; if you trust the file, save its weights alone in "
             "a program of your own"
         ) from error
+
+
+def read_head(path: str | Path) -> dict[str, str]:
+    """Read the head of a ``.safetensors``, text by name; errors as of :func:`load`."""
+    with _readable(path), _safetensors(path).safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    safetensors = _safetensors(path)
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise DamagedCheckpointError(f"{path} is damaged ({error}): use another checkpoint, or a copy of it") from error
+
+
+def _safetensors(path: str | Path) -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise Mistake(f"{path} needs safetensors: pip install safetensors, or give a .pt") from error
+    return safetensors
 
 
 def load_newest(path: str | Path, keep_aside: bool = True) -> Any | None:

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..mistakes import Mistake
-from ..networks import BertsWinEncoder, bertswin_mae_small_patch8_48x64x48
 from .checkpoints import load
 
 __all__ = ["Comparison", "build_pretrained", "bundle_root", "compare", "encoder_part", "fill"]
-__all__ += ["pretrained_encoder", "read_weights", "stem_is_strict", "strip_prefixes"]
+__all__ += ["read_weights", "stem_is_strict", "strip_prefixes"]
 
 # What DistributedDataParallel and torch.compile put in front of every name.
 WRAPPERS = r"^(module\.|_orig_mod\.)+"
@@ -144,12 +143,3 @@ def bundle_root() -> Path:
     """Tell where the bundle lies, the folder of ``configs`` and ``models``: within the package or around it."""
     package = Path(__file__).resolve().parents[1]
     return package / "bundle" if (package / "bundle").is_dir() else package.parent
-
-
-def pretrained_encoder() -> BertsWinEncoder:
-    """Build the small encoder with the weights of ``models/model.pt``; the model card says what they have seen.
-
-    In evaluation mode, it maps volumes ``(B, 1, 48, 64, 48)`` on the scale [-1, 1] to features ``(B, 192, 6, 8, 6)``.
-    """
-    weights = bundle_root() / "models" / "model.pt"
-    return build_pretrained(bertswin_mae_small_patch8_48x64x48, weights, part="encoder").encoder.eval()

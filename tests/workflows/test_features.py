@@ -175,7 +175,7 @@ def test_a_folder_with_a_bad_file_is_answered_and_the_bad_one_named(tmp_path, ch
     write_volume(data / "two.nii", shape=(33, 34, 35), seed=1)
     (data / "broken.nii.gz").write_bytes(b"nothing")
     nib.save(nib.Nifti1Image(np.full((20, 20, 20), 3.0), np.eye(4)), data / "flat.nii.gz")
-    result = infer(dataset_dir=data, output_dir=out, checkpoint=checkpoint, **ENCODER_KNOBS)
+    result = infer(dataset_dir=data, output_dir=out, pretrained=checkpoint, **ENCODER_KNOBS)
     assert result.returncode == 1
     assert "2 of 4 volumes have no features" in result.stderr
     assert "broken: " in result.stderr
@@ -194,7 +194,7 @@ def test_a_folder_with_a_bad_file_is_answered_and_the_bad_one_named(tmp_path, ch
 
 @pytest.mark.slow
 def test_inference_without_weights_ends_with_a_message(cohort, tmp_path):
-    result = infer(dataset_dir=cohort, output_dir=tmp_path, checkpoint=tmp_path / "gone.pt")
+    result = infer(dataset_dir=cohort, output_dir=tmp_path, pretrained=tmp_path / "gone.pt")
     assert result.returncode == 1
     assert f"error: there is no checkpoint at {tmp_path / 'gone.pt'}" in result.stderr
     assert "Traceback" not in result.stderr
@@ -206,7 +206,7 @@ def test_the_inference_config_is_complete_and_documents_every_knob(cohort, tmp_p
         workflow_type="infer",
         dataset_dir=str(cohort),
         output_dir=str(tmp_path),
-        checkpoint=str(checkpoint),
+        pretrained=str(checkpoint),
         **ENCODER_KNOBS,
     )
     workflow.initialize()
@@ -214,9 +214,9 @@ def test_the_inference_config_is_complete_and_documents_every_knob(cohort, tmp_p
     config = json.loads((ROOT / "configs" / "inference.json").read_text())
     names = list(config)
     assert names[names.index("bundle_root") : names.index("intensities")] == [
-        *("bundle_root", "dataset_dir", "output_dir", "checkpoint"),
+        *("bundle_root", "dataset_dir", "output_dir", "pretrained"),
         *(name for name in names if name in config["_knobs_"] and name not in
-          ("bundle_root", "dataset_dir", "output_dir", "checkpoint")),
+          ("bundle_root", "dataset_dir", "output_dir", "pretrained")),
     ]  # fmt: skip
     assert config["_knobs_"].keys() <= config.keys()
 
@@ -227,6 +227,7 @@ def run_here(tmp_path, network, **knobs):
         workflow_type="infer",
         output_dir=str(tmp_path / "out"),
         network=network,
+        pretrained="takes no weights.pt",
         num_workers=0,
         **(ENCODER_KNOBS | knobs),
     )
