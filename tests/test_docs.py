@@ -25,6 +25,7 @@ BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
 # What the comments in the blocks say.
 SHAPES = {
     "encoder": {
+        "folder": (6, 192),
         "features": (6, 192, 6, 8, 6),
         "alike": (6, 6),
         "reconstruction": (1, 1, 48, 64, 48),
@@ -72,6 +73,7 @@ def workplace(tmp_path_factory, cohort):
     place = tmp_path_factory.mktemp("docs") / "bundle"
     copy_bundle(place)
     shutil.copytree(cohort, place / "DIR")
+    shutil.copy(cohort / "imagesTr" / "case_0.nii.gz", place / "SCAN.nii.gz")
     _label(shutil.copytree(cohort, place / "LABELLED"))
     network = scripts.bertswin_mae_small_patch8_48x64x48()
     torch.save(network.state_dict(), place / "MODEL.pt")
@@ -132,7 +134,7 @@ def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
 
 def test_the_encoder_page_goes_from_the_weights_to_their_use_in_ten_lines():
     body = next(parameter.values[1] for parameter in blocks("python") if "from_pretrained" in parameter.values[1])
-    assert len([line for line in body.splitlines() if line]) == 10
+    assert len([line for line in body.splitlines() if line]) <= 10
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """What one workflow alone needs, a file each."""
 
 # flake8: noqa: F403 (the public names are those in the `__all__` of each module)
-
 from .embedding import *
 from .features import *
 from .planning import *

@@ -127,6 +127,7 @@ VOLUMES = {
     "too large once resampled": (with_spacing(99.0, 99.0, 99.0), "mr"),
     "a label map": (lambda folder: write(folder, ramp(8, 8, 8).astype(np.uint8) % 3), "mr"),
     "almost empty": (lambda folder: write(folder, np.where(ramp(8, 8, 8) == 5, 5.5, 0.0)), "mr"),
+    "a CT as MR": (lambda folder: write(folder, np.where(ramp(9, 9, 9) % 2, -1000, ramp(9, 9, 9) / 9)), "mr"),
     "no Hounsfield units": (lambda folder: write(folder, ramp(8, 8, 8)), "ct"),
     "nothing but air": (lambda folder: write(folder, -1000 - ramp(8, 8, 8) / 100), "ct"),
     "two files of one name": (twice, "mr"),

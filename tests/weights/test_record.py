@@ -144,13 +144,12 @@ def carrying(folder, record=RECORD, **preprocessing):
 
 
 @pytest.mark.parametrize("run_id", ["tuning", "finetuning", "probe", "inference"])
-def test_knobs_are_taken_from_the_weights_and_said_in_one_line(run_id, tmp_path, caplog):
-    with caplog.at_level("INFO", "scripts.cli"):
-        resolve = checked(run_id, pretrained=carrying(tmp_path))
+def test_knobs_are_taken_from_the_weights_and_said_in_one_line(run_id, tmp_path, capsys):
+    resolve = checked(run_id, pretrained=carrying(tmp_path))
     assert [resolve(name) for name in ("modality", "spacing", "patch_size")] == ["mr", None, 8]
     assert resolve("intensity")["transforms"][0].scaler.upper == 98
-    (line,) = [record.getMessage() for record in caplog.records if "was trained" in record.getMessage()]
-    assert "patch_size 8" in line
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "model.pt was trained: " in line]
+    assert "encoder_embed_dim 48" in line
 
 
 def test_an_overlay_may_repeat_what_the_weights_carry_and_size_and_spacing_may_differ_within_bounds(tmp_path):
