@@ -106,7 +106,7 @@ def carried_knobs(
     theirs = {name: _checked(name, value, own[name], weights) for name, value in theirs.items() if name in own}
     changes = {}
     for name, value in theirs.items():
-        ours = config[name]
+        ours = list(config[name]) if isinstance(config[name], tuple) else config[name]
         if name not in chosen and ours == own[name]:
             changes |= {name: value} if ours != value else {}
         elif not _fits(name, ours, value, weights):

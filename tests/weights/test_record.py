@@ -154,7 +154,8 @@ def test_knobs_are_taken_from_the_weights_and_said_in_one_line(run_id, tmp_path,
 
 def test_an_overlay_may_repeat_what_the_weights_carry_and_size_and_spacing_may_differ_within_bounds(tmp_path):
     (tmp_path / "same.yaml").write_text("modality: mr\nspacing: null\npatch_size: 8\nimg_size: [48, 32, 32]\n")
-    resolve = checked("tuning", tmp_path / "same.yaml", pretrained=carrying(tmp_path), spacing=[0.7, 1.0, 3.0])
+    resolve = checked("tuning", tmp_path / "same.yaml", pretrained=carrying(tmp_path), spacing=[0.7, 1.0, 3.0],
+                      swin_window_size=(2, 2, 2))  # fmt: skip
     assert (resolve("img_size"), resolve("spacing")) == ([48, 32, 32], [0.7, 1.0, 3.0])
 
 
