@@ -218,11 +218,10 @@ def _channel_problem(facts: Facts, modality: str) -> str | None:
         return f"is constant: every voxel is {facts['min']:g}"
     if modality == "ct" and (problem := _hounsfield_problem(facts)):
         return problem
-    if modality == "mr" and _is_air(facts["min"], facts["seen"][0]) and facts["seen"][-2] < CT_TISSUE_BELOW_HU:
-        return (
-            f"is a CT by its values (air at {facts['seen'][0]:.0f} HU), where modality is mr: use --modality ct, and "
-            "weights of CT"
-        )
+    air = [value for value in (facts["percentiles"][1], facts["seen"][1]) if _is_air(value)]
+    if modality == "mr" and air and facts["seen"][-2] < CT_TISSUE_BELOW_HU:
+        what = f"is a CT by its values (air at {air[0]:.0f} HU), where modality is mr"
+        return f"{what}: use --modality ct, and weights of CT"
     if values := facts.get("values"):
         return f"looks like a label map: its only values are {', '.join(f'{value:g}' for value in values)}"
     if (equal := facts.get("equal", 0)) >= EQUAL_NEIGHBOURS:
@@ -237,8 +236,8 @@ def _channel_problem(facts: Facts, modality: str) -> str | None:
     return None
 
 
-def _is_air(*values: float) -> bool:
-    return any(CT_AIR_HU[0] <= value <= CT_AIR_HU[1] for value in values)
+def _is_air(value: float) -> bool:
+    return CT_AIR_HU[0] <= value <= CT_AIR_HU[1]
 
 
 def _hounsfield_problem(facts: Facts) -> str | None:
