@@ -151,6 +151,7 @@ def test_features_overlay_the_volume_in_the_scanners_space(tmp_path, affine, sha
         output_dir=str(tmp_path / "out"),
         spacing=spacing,
         network=PatchMeans(),
+        pretrained="takes no weights.pt",
         save_skips=True,
         num_workers=0,
         **ENCODER_KNOBS,
