@@ -141,7 +141,8 @@ def from_pretrained(source: str | Path | None = None, **knobs: Any) -> Pretraine
         )
     config = own | knobs
     config |= carried_knobs(weights, config, own, knobs)
-    config |= {"bundle_root": str(bundle_root()), "pretrained": str(weights)}
+    # Of the simulated sample, which stands for no dataset, an inference takes any spacing: here there are scans.
+    config |= {"bundle_root": str(bundle_root()), "pretrained": str(weights), "dataset_dir": "scans"}
     package = __package__.rpartition(".")[0]  # the config calls it scripts; it may be installed as bertswin_mae
     parser = ConfigParser(json.loads(json.dumps(config).replace('"scripts.', f'"{package}.')))
     parts = ("network", "preprocessing", "inferer", "evaluator::iteration_update")

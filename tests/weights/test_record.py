@@ -292,3 +292,9 @@ def test_the_bundles_own_weights_are_described_by_their_record():
     assert carried_knobs(weights, own | {"strict_stem": None}, own) == {"strict_stem": True}
     assert read_record(weights)["network"]["strict_stem"] == stem_is_strict(load(weights), weights)
     assert len(read_record(weights)["seen"]["hashes"]) == 156
+
+
+@pytest.mark.parametrize(("dataset_dir", "is_checked"), [("scans", True), (None, False)])
+def test_scans_must_be_like_those_of_the_bundles_own_weights_and_the_sample_need_not(dataset_dir, is_checked):
+    _, refuse, *_ = checked("inference", dataset_dir=dataset_dir)("loading")
+    assert bool(refuse.arguments[-1]) == is_checked
