@@ -35,6 +35,7 @@ def run_module(module: str, arguments: list[str], cwd: Path) -> subprocess.Compl
 def _run(module: str, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[Path]) -> None:
     for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    multiprocessing.set_start_method("fork", force=True)  # of its own processes: what a new one starts with on Linux
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
