@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
 # One thread is fastest for networks this small, and leaves the other core alone; before torch is imported.
@@ -181,3 +183,21 @@ def start_training(*configs: str, **knobs) -> subprocess.Popen:
 def _training(configs: tuple[str, ...]) -> list[str]:
     files = [str(ROOT / "configs" / name) for name in configs or ("train.yaml", "small.yaml")]
     return ["run", "training", "--config_file", str(files)]
+
+
+def app_environment(name: str, *packages: str) -> Path:
+    """Install packages into a virtual environment of their own, on top of this one, and return its Python.
+
+    It is made once, in a folder that ``APPS_ENVIRONMENTS`` names, or that of temporary files.
+    """
+    folder = Path(os.environ.get("APPS_ENVIRONMENTS", tempfile.gettempdir())) / f"bertswin_{name}"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # noqa: S603
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "beneath.pth").write_text(sysconfig.get_path("purelib"))
+        constraints = folder / "constraints.txt"
+        constraints.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")  # what is here, not the newest
+        command = [str(folder / "bin" / "pip"), "install", "-q", *packages, "-c", str(constraints)]
+        subprocess.run(command, check=True)  # noqa: S603
+        (folder / "complete").touch()
+    return folder / "bin" / "python"

@@ -3,6 +3,7 @@
 # flake8: noqa: F403 (the public names are those in the `__all__` of each module)
 from .embedding import *
 from .features import *
+from .federated import *
 from .planning import *
 from .probe import *
 from .segmentation import *
