@@ -1,0 +1,1 @@
+"""Trainers that nnU-Net finds by the environment variable ``nnUNet_extTrainer``."""
