@@ -118,8 +118,10 @@ def write_plans(
         beside.replace(path)
     print(f"wrote {path}: windows of {ours['patch_size']} voxels of {ours['spacing']} mm")
     if theirs["image_reader_writer"] != READER:
-        print(f'volumes are not turned to RAS, as in pre-training: say "overwrite_image_reader_writer": "{READER}" in '
-              "dataset.json and plan anew, if they are NIfTI")  # fmt: skip
+        print(
+            "volumes are not turned to RAS, as in pre-training: if they are NIfTI, set overwrite_image_reader_writer "
+            f"to {READER} in dataset.json, and plan anew"
+        )
 
 
 def make_plans(

@@ -57,22 +57,8 @@ def test_nnunet_plans_trains_and_predicts_with_our_network(dataset, tmp_path):
     assert {"checkpoint_final.pth", "progress.png"} <= {path.name for path in (results / "fold_0").iterdir()}
     (tmp_path / "model.pt").unlink()  # a prediction needs the checkpoint alone
     folders = ("-i", str(dataset / "imagesTr"), "-o", str(tmp_path / "masks"))
-    run(
-        "nnUNetv2_predict",
-        *folders,
-        "-d",
-        "4",
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        *chosen,
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-        **found,
-    )
+    fast = ("-f", "0", "-npp", "1", "-nps", "1", "--disable_tta")
+    run("nnUNetv2_predict", *folders, "-d", "4", "-c", "3d_fullres", *chosen, *fast, **found)
     masks = sorted((tmp_path / "masks").glob("*.nii.gz"))
     assert len(masks) == 6
     image = nib.load(dataset / "imagesTr" / "case_0_0000.nii.gz")
