@@ -19,12 +19,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
-from .handlers import TRAINING_STATE, end_when_preempted
+from .handlers import TRAINING_STATE, Setting, WarningLog, end_when_preempted
 from .knobs import RENAMED, is_expression, is_knob, read
 from .mistakes import Mistake, causes, likely, reason
 from .weights import CARRIED, bundle_root, carried_knobs
 
-__all__ = ["as_written", "check_knobs", "check_run", "check_workflow", "show_mistakes"]
+__all__ = ["as_written", "check_knobs", "check_run", "check_workflow", "settings", "show_mistakes"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ def check_knobs(weights: str = "pretrained") -> None:
             for one that contradicts the weights.
     """
     show_mistakes()
+    WarningLog.begin()
     parser = _caller(ConfigParser)
     if parser is None:
         raise RuntimeError("check_knobs works inside a MONAI bundle config only")
@@ -83,6 +84,16 @@ def check_knobs(weights: str = "pretrained") -> None:
 def as_written(name: str) -> Any:
     """Return an entry of the config as it is written, none of its components built."""
     return _caller(ConfigParser)[name]
+
+
+def settings() -> dict[str, Setting]:
+    """Tell what every knob of a run is, for its report: as a component of the config."""
+    parser = _caller(ConfigParser)
+    return {
+        name: Setting(parser.get_parsed_content(name), default, repr(parser.get(name)) != repr(default))
+        for name, default in _defaults(parser.get("recipe", "inference"))[1].items()
+        if is_knob(name, default)
+    }
 
 
 def check_workflow() -> None:

@@ -1,0 +1,345 @@
+"""What a run has come to, on a page to look at: ``report.html``."""
+
+import csv
+import json
+import logging
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ignite
+import ignite.distributed as idist
+import monai
+import torch
+from ignite.engine import Engine, Events
+
+from .. import machine
+from ..data.describing import Case
+from ..weights import bundle_root
+from .pages import Element, chart, details, element, picture, section, table, write
+
+__all__ = ["Setting", "TrainingReport", "WarningLog", "about_run", "titled"]
+
+logger = logging.getLogger(__name__)
+
+PAGE = "report.html"
+LISTED = 500  # cases or warnings on a page, at most
+TITLES = {
+    "pretraining": "Pre-training",
+    "conductor": "Pre-training with the GradientConductor",
+    "stem_tuning": "Stem tuning",
+    "segmentation": "Fine-tuning for segmentation",
+    "inference": "Features",
+}
+MEANINGS = {
+    "loss": "what is trained to be small",
+    "objective": "what is tuned to be small",
+    "unexplained": "squared error on hidden voxels over their variance: 1 for a constant guess, 0 for perfection",
+    "learning_rate": "at the start of an epoch",
+    "structural": "the structural loss, whatever is trained: to compare runs",
+    "mse": "squared error on hidden voxels",
+    "mae": "absolute error on hidden voxels",
+    "psnr": "peak signal-to-noise ratio on hidden voxels, dB: more is better",
+    "ssim": "structural similarity on hidden voxels: 1 is perfect",
+    "dice": "overlap with the label maps: 1 is perfect",
+    "hausdorff": "95th percentile of the distance between surfaces, voxels: 0 is perfect",
+    "feature_cosine": "likeness of a whole volume's features to those of patch mode: 1 is the same",
+    "volumetric": "squared error of whole volumes, rebuilt",
+    "patch_mode": "squared error of the network that was not tuned, in patch mode: the goal",
+}
+FIRST = ("loss", "objective", "dice", "unexplained", "feature_cosine", "hausdorff", "learning_rate")
+
+
+class Setting(NamedTuple):
+    """A knob of a run."""
+
+    value: Any
+    usual: Any  # what the recipe's own config says
+    is_changed: bool
+
+
+class WarningLog(logging.Handler):
+    """The warnings that a run has logged, each once, with how often."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.messages[record.getMessage()] += 1
+
+    @classmethod
+    def begin(cls) -> None:
+        """Listen from here on, and forget the warnings of an earlier run."""
+        root = logging.getLogger()
+        for handler in (handler for handler in list(root.handlers) if isinstance(handler, cls)):
+            root.removeHandler(handler)
+        root.addHandler(cls())
+
+    @classmethod
+    def of_this_run(cls) -> Counter[str]:
+        """Return what was heard since the beginning."""
+        logs = (handler.messages for handler in logging.getLogger().handlers if isinstance(handler, cls))
+        return next(logs, Counter())
+
+
+@dataclass(eq=False)
+class TrainingReport:
+    """Write ``report.html``, whole or not at all, after every validation and at the end.
+
+    Attach to the trainer behind the MetricsRecorder. A page that cannot be written does not end the run.
+    """
+
+    output_dir: str | Path  # with metrics.jsonl, figures, and the scores of every case
+    validator: Engine  # which knows the best epoch
+    cases: Mapping[str, Sequence[Case]]  # by fold
+    settings: Mapping[str, Setting]
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.start)
+            engine.add_event_handler(Events.GET_BATCH_STARTED, self.begin_iteration)
+            engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.end_waiting)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.end_iteration)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.follow)
+            engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, _: Engine) -> None:
+        """Look at the clock."""
+        self.started, self.waited, self.iterated = time.monotonic(), 0.0, 0.0
+
+    def begin_iteration(self) -> None:
+        """Start to wait for a batch."""
+        self.asked = time.monotonic()
+
+    def end_waiting(self) -> None:
+        """Add up what was waited for data."""
+        self.waited += time.monotonic() - self.asked
+
+    def end_iteration(self) -> None:
+        """Add up the iterations, waiting included."""
+        self.iterated += time.monotonic() - self.asked
+
+    def follow(self, engine: Engine) -> None:
+        """Write the page, if this epoch was validated."""
+        records = self._records()
+        if records and records[-1]["epoch"] == engine.state.epoch:
+            epoch, last = engine.state.epoch, engine.state.max_epochs
+            left = timedelta(seconds=round(_usual_seconds(records) * (last - epoch)))
+            self._write(records, f"Epoch {epoch} of {last} when this page was written. About {left} h to go.")
+
+    def finish(self, engine: Engine) -> None:
+        """Write the page of a run that has ended."""
+        if records := self._records():
+            epoch, last = engine.state.epoch, engine.state.max_epochs
+            early = f"Stopped after epoch {epoch} of {last}: no better validation for long."
+            self._write(records, early if epoch < last else f"Finished after {last} epochs.")
+
+    def _records(self) -> list[dict[str, Any]]:
+        path = Path(self.output_dir) / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _write(self, records: Sequence[dict[str, Any]], state: str) -> None:
+        folder, best = Path(self.output_dir), self.validator.state.best_metric_epoch
+        title = titled(self.settings)
+        counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in self.cases.items())
+        try:
+            write(
+                folder / PAGE,
+                title,
+                *heading(title, [state, *_verdict(records, best, self.validator.state.key_metric_name)]),
+                section("Curves", *_curves(records, best)),
+                section("Metrics", _metrics(records, best)),
+                *_scores(folder),
+                *_last_figure(folder / "figures"),
+                section("Volumes", element("p", counts, "."), *(_names(*fold) for fold in self.cases.items())),
+                section("Time and memory", table(("", ""), self._costs(records))),
+                *about_run(self.settings),
+            )
+        except Exception:
+            logger.exception("%s is not written; the run goes on", folder / PAGE)
+
+    def _costs(self, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+        costs = [
+            ("an epoch, with its validation", f"{_usual_seconds(records):.3g} s in the median"),
+            ("since the last start", f"{timedelta(seconds=round(time.monotonic() - self.started))} h"),
+        ]
+        if self.iterated:
+            costs.append(("waiting for data", f"{self.waited / self.iterated:.0%} of the training"))
+        return [*costs, *memory()]
+
+
+def titled(settings: Mapping[str, Setting]) -> str:
+    """Say what a run does, and on which data: the name of the folder or file alone."""
+    recipe = settings["recipe"].value if "recipe" in settings else "inference"
+    given = settings["dataset_dir"].value if "dataset_dir" in settings else None
+    return f"{TITLES.get(recipe, recipe)}: {Path(str(given)).absolute().name if given else 'the simulated sample'}"
+
+
+def heading(title: str, verdict: Sequence[str]) -> list[Element]:
+    """Begin a page: what it is of, when it was written, and what came out, a sentence each."""
+    warned = len(WarningLog.of_this_run())
+    lines = [element("p", line) for line in verdict]
+    if warned:
+        count = f"{warned} warnings" if warned > 1 else "One warning"
+        lines.append(element("p", element("a", count, href="#warnings"), ", below."))
+    when = f"BertsWinMAE {_version()}, {datetime.now():%Y-%m-%d %H:%M}"
+    return [element("h1", title), element("div", when, class_="soft"), element("div", *lines, class_="verdict")]
+
+
+def about_run(settings: Mapping[str, Setting]) -> list[Element]:
+    """Tell the warnings, settings and versions of a run: the end of every page."""
+    warned = [(message, count) for message, count in WarningLog.of_this_run().items()]
+    changed = [(name, _plain(one.value), _plain(one.usual)) for name, one in settings.items() if one.is_changed]
+    everything = table(("knob", "value"), ((name, _plain(one.value)) for name, one in settings.items()))
+    own = table(("knob", "value", "the recipe's own"), changed) if changed else element("p", "All are the recipe's own.")
+    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__, "MONAI": monai.__version__,
+                "Ignite": ignite.__version__, "BertsWinMAE": _version()}  # fmt: skip
+    heard = table(("warning", "times"), warned[:LISTED]) if warned else element("p", "None was logged.")
+    return [
+        section("Warnings", heard, *_more(len(warned))),
+        section("Settings", own, details(f"All {len(settings)} knobs", everything)),
+        section("Versions", element("p", ", ".join(f"{name} {version}" for name, version in versions.items()), ".")),
+    ]
+
+
+def memory() -> list[tuple[str, str]]:
+    """Tell the machine's part, and the most memory that this process has taken."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    lines = [("memory, at its peak", f"{peak / 1e9:.2f} GB, {machine.cores()} cores")]
+    if torch.cuda.is_available() and (on_gpu := torch.cuda.max_memory_allocated()):
+        lines.append(("GPU memory, at its peak", f"{on_gpu / 1e9:.2f} GB, {torch.cuda.get_device_name()}"))
+    return lines
+
+
+def _verdict(records: Sequence[dict[str, Any]], best: int, key: str) -> list[str]:
+    found = next((record for record in records if record["epoch"] == best), None)
+    if found is None:
+        return ["No validation has a best epoch yet."]
+    lines = [f"The best epoch is {best}, with a {key} of {found[key]:.4g}: checkpoints/model.pt holds its weights."]
+    if (left := found.get("val_unexplained")) is not None:
+        guess = f"It explains {1 - left:.0%} of the variance of hidden voxels" if left < 1 else "That is no good yet"
+        lines.append(f"{guess} (val_unexplained {left:.3f}; a constant guess scores 1, a perfect reconstruction 0).")
+    if (cosine := found.get("val_feature_cosine")) is not None:
+        before = f"; before tuning to {records[0]['val_feature_cosine']:.3f}" if records[0]["epoch"] == 0 else ""
+        lines.append(f"Whole volumes give the features of patch mode to a cosine of {cosine:.3f}{before}.")
+    if best == records[-1]["epoch"] > 1:
+        lines.append("It is the last epoch so far: more of them may do better.")
+    return lines
+
+
+def _curves(records: Sequence[dict[str, Any]], best: int) -> list[Element]:
+    """Draw every quantity, that of training and that of validation together; the telling ones first."""
+    quantities: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in ("epoch", "iteration", "seconds") and value is not None:
+                fold, _, quantity = name.partition("_") if name.startswith(("train_", "val_")) else ("", "", name)
+                lines = quantities.setdefault(quantity, {})
+                lines.setdefault({"train": "training", "val": "validation"}.get(fold, fold), []).append(
+                    (record["epoch"], value)
+                )
+    charts = {
+        name: chart(name.replace("_", " "), MEANINGS.get(name, ""), lines, best) for name, lines in quantities.items()
+    }
+    telling = [charts.pop(name) for name in FIRST if name in charts]
+    note = element("p", "Over epochs. The dotted line is the best one.", class_="soft")
+    rest = [details(f"{len(charts)} more", element("div", *charts.values(), class_="grid"))] if charts else []
+    return [note, element("div", *telling, class_="grid"), *rest]
+
+
+def _metrics(records: Sequence[dict[str, Any]], best: int) -> Element:
+    """Set the first, the best and the last validation side by side."""
+    chosen = {"first": records[0], "best": next((one for one in records if one["epoch"] == best), {}),
+              "last": records[-1]}  # fmt: skip
+    head = ["", *(f"{name}, epoch {one['epoch']}" if one else name for name, one in chosen.items()), "what it is"]
+    names = [name for name in records[-1] if name.startswith(("train_", "val_"))]
+    return table(
+        head,
+        (
+            [name, *(one.get(name) for one in chosen.values()), MEANINGS.get(name.partition("_")[2], "")]
+            for name in names
+        ),
+    )
+
+
+def _scores(folder: Path) -> list[Element]:
+    """Show the scores by label and by case, where a run wrote them: of the last validation."""
+    by_metric = {path.name.removesuffix("_raw.csv").removeprefix("val_"): _read_scores(path)
+                 for path in sorted(folder.glob("val_*_raw.csv"))}  # fmt: skip
+    by_metric = {metric: rows for metric, rows in by_metric.items() if rows}
+    if not by_metric:
+        return []
+    labels = range(len(next(iter(next(iter(by_metric.values())).values()))) - 1)  # the last one is their mean
+    means = (
+        [f"label {label + 1}", *(_mean([row[label] for row in rows.values()]) for rows in by_metric.values())]
+        for label in labels
+    )
+    cases = sorted(next(iter(by_metric.values())).items(), key=lambda item: item[1][-1])
+    each = (
+        [case, *(rows[case][place] for rows in by_metric.values() if case in rows for place in [*labels, -1])]
+        for case, _ in cases[:LISTED]
+    )
+    head = ["case", *(f"{metric}, {which}" for metric in by_metric
+                      for which in [*(f"label {label + 1}" for label in labels), "mean"])]  # fmt: skip
+    return [
+        section(
+            "Scores",
+            element("p", "Of the last validation, which need not be the best.", class_="soft"),
+            table(["", *(f"mean {metric}" for metric in by_metric)], means),
+            details(f"{len(cases)} cases, by {next(iter(by_metric))}", table(head, each), *_more(len(cases))),
+        )
+    ]
+
+
+def _read_scores(path: Path) -> dict[str, list[float]]:
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    return {case: list(map(float, values)) for case, *values in rows}
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value == value]  # a label that a case lacks is nan
+    return statistics.fmean(known) if known else float("nan")
+
+
+def _last_figure(folder: Path) -> list[Element]:
+    paths = sorted(folder.glob("epoch_*.png"))
+    if not paths:
+        return []
+    about = f"original, visible and rebuilt planes of validation volumes, {paths[-1].stem.replace('_', ' ')}"
+    image = element("div", picture(paths[-1].read_bytes(), "png", about), class_="wide")
+    return [section("Reconstructions", image, element("p", f"{len(paths)} figures are in figures.", class_="soft"))]
+
+
+def _names(fold: str, cases: Sequence[Case]) -> Element:
+    names = element("ul", *(element("li", case["case"]) for case in cases[:LISTED]))
+    return details(f"Names of those for {fold}", names, *_more(len(cases)))
+
+
+def _more(total: int) -> list[Element]:
+    return [element("p", f"… and {total - LISTED} more.")] if total > LISTED else []
+
+
+def _usual_seconds(records: Sequence[dict[str, Any]]) -> float:
+    return statistics.median([record["seconds"] for record in records if record["epoch"] > 0] or [0.0])
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _version() -> str:
+    return json.loads((bundle_root() / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
