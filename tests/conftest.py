@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 # One thread is fastest for networks this small, and leaves the other core alone; before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
@@ -140,6 +143,45 @@ def copy_bundle(place: Path) -> Path:
 def records(folder: Path) -> list[dict]:
     """Read the metrics.jsonl that a run left."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Markup(HTMLParser):
+    """The tags of a page, and what they link to, as a browser reads them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.links = set(), set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+
+def asks_for_nothing(page: str) -> None:
+    """Look for scripts in a page, for what opens outside of its folder, and for a policy that forbids all that."""
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    markup = Markup(page)
+    assert not markup.tags & {"script", "iframe", "link", "object", "embed", "form", "base"}
+    assert not any(name.startswith("on") for name in markup.attributes)
+    assert [link for link in markup.links if not link.startswith(("data:image/", "#", "./"))] == []
+    assert not re.search(r"url\(|@import", page)
+
+
+def drawn_by_a_browser(page: Path) -> np.ndarray:
+    """Let Chromium draw the top of a page, and hear no complaint; skip where there is none."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("Chromium is not installed: no browser has drawn the page")
+    picture, profile = page.with_suffix(".png"), page.parent / ".profile"
+    result = subprocess.run(  # noqa: S603
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=800,1000",
+         f"--user-data-dir={profile}", f"--screenshot={picture}", f"file://{page}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in result.stderr  # what the page's policy forbids is told there, and so are errors
+    return matplotlib.image.imread(picture)[..., :3]
 
 
 def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, records, start_training, train, write_volume
+from conftest import TINY, asks_for_nothing, records, start_training, train, write_volume
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import BertsWinMAE
@@ -31,6 +31,11 @@ def test_training_leaves_what_the_readme_says_from_any_directory(cohort, tmp_pat
         *("val_mse", "val_mae", "val_psnr", "val_ssim", "val_unexplained"),
     }
     assert len(list((out / "tensorboard").iterdir())) == 1
+    page = (out / "report.html").read_text()
+    asks_for_nothing(page)
+    for words in (f"Pre-training: {cohort.name}", "Finished after 2 epochs.", "The best epoch is", "Reconstructions",
+                  "waiting for data", "<td>max_epochs</td><td>2</td><td>300</td>"):  # fmt: skip
+        assert words in page, words
     assert matplotlib.image.imread(out / "figures" / "epoch_0002.png").std() > 0
     left = {path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")}
     assert left == {"model.json", "model.pt", "training_state.pt", "training_state.previous.pt"}

@@ -19,7 +19,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 400, 230, 62, 24, 10  # of a chart, in units of its drawing
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c2024; --soft: #5b6470; --line: #d5dae0; --box: #f4f6f8;
-  --c0: #0072b2; --c1: #c44e00; --c2: #00805c; --c3: #a6467a; --c4: #6a51a3; --c5: #8a6d00; --c6: #4d4d4d; --c7: #1a7f9c }
+  --c0: #0072b2; --c1: #c44e00; --c2: #00805c; --c3: #a6467a; --c4: #6a51a3; --c5: #8a6d00;
+  --c6: #4d4d4d; --c7: #1a7f9c }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --text: #e4e7ea; --soft: #a3adb8; --line: #3a424a;
   --box: #1f2429; --c0: #56b4e9; --c1: #f59042; --c2: #35c79d; --c3: #e08bb8; --c4: #b3a2e8; --c5: #d8bd3f; --c6: #bbb;
   --c7: #6fcbe0 } }
@@ -28,28 +29,31 @@ body { margin: 0 auto; max-width: 1160px; padding: 20px 16px 60px; background: v
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 26px; line-height: 1.2; margin: 8px 0 } h2 { font-size: 19px; margin: 36px 0 8px }
 a { color: var(--c0) } p, li, summary { max-width: 75ch } .soft, figcaption { color: var(--soft) }
-.verdict { background: var(--box); border-left: 4px solid var(--c0); padding: 10px 16px; margin: 14px 0; font-size: 16px }
+.verdict { background: var(--box); border-left: 4px solid var(--c0); padding: 10px 16px; margin: 14px 0 }
 .verdict p { margin: 4px 0 } summary { cursor: pointer; padding: 6px 0; color: var(--c0) }
 .grid { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)) }
 figure { margin: 0 } figcaption { font-size: 13px } figcaption b { color: var(--text) } img { max-width: 100% }
 .wide { overflow-x: auto } .wide img { min-width: 900px; display: block }
 table { border-collapse: collapse; font-size: 14px } th { text-align: left }
-th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; overflow-wrap: normal }
+th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal }
+td:last-child:not(.number) { min-width: 24ch }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 svg { display: block; width: 100%; height: auto } svg text { font-size: 12px; fill: var(--soft) }
 .rule { stroke: var(--line) } .best { stroke: var(--soft); stroke-dasharray: 2 4 }
 polyline { fill: none; stroke-width: 2 } .dashed { stroke-dasharray: 7 4 } circle { stroke: none }
-.map { position: relative; aspect-ratio: 16 / 10; border: 1px solid var(--line); margin: 12px 0 4px }
-.point { position: absolute; width: 11px; height: 11px; margin: -6px 0 0 -6px; border-radius: 50%; background: currentColor;
-  opacity: .8 }
-.point span { display: none; position: absolute; width: 132px; padding: 6px; background: var(--page); color: var(--text);
-  border: 1px solid var(--line); font-size: 12px; line-height: 1.3; text-decoration: none }
+.map { position: relative; aspect-ratio: 1; max-height: 640px; width: 100%; border: 1px solid var(--line) }
+.point { position: absolute; width: 11px; height: 11px; margin: -6px 0 0 -6px; border-radius: 50%;
+  background: currentColor; opacity: .8 }
+.point span { display: none; position: absolute; width: 132px; padding: 6px; background: var(--page);
+  color: var(--text); border: 1px solid var(--line); font-size: 12px; line-height: 1.3; text-decoration: none }
 .point:hover, .point:focus { z-index: 1; opacity: 1; outline: 2px solid var(--text) }
 .point:hover span, .point:focus span { display: block } .point img { display: block; margin: 0 auto 4px }
-.swatch { display: inline-block; width: 12px; height: 12px; border-radius: 50%; background: currentColor; margin: 0 5px 0 0 }
-.key { margin-right: 16px }
-""" + "".join(f".c{n} {{ color: var(--c{n}) }} polyline.c{n} {{ stroke: var(--c{n}) }} circle.c{n} {{ fill: var(--c{n}) }}\n"
-              for n in range(8))  # fmt: skip
+.swatch { display: inline-block; width: 12px; height: 12px; border-radius: 50%; background: currentColor }
+.key { margin-right: 16px } .swatch { margin-right: 5px }
+""" + "".join(
+    f".c{n} {{ color: var(--c{n}) }} polyline.c{n} {{ stroke: var(--c{n}) }} circle.c{n} {{ fill: var(--c{n}) }}\n"
+    for n in range(8)
+)
 
 
 def element(tag: str, *content: Content, **attributes: object) -> Element:

@@ -1,16 +1,16 @@
 """What a run has come to, on a page to look at: ``report.html``."""
 
+import contextlib
 import csv
 import json
 import logging
-import os
 import platform
 import resource
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..data.describing import Case
 from ..weights import bundle_root
 from .pages import Element, chart, details, element, picture, section, table, write
 
-__all__ = ["Setting", "TrainingReport", "WarningLog", "about_run", "titled"]
+__all__ = ["Setting", "TrainingReport", "WarningLog"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class WarningLog(logging.Handler):
 class TrainingReport:
     """Write ``report.html``, whole or not at all, after every validation and at the end.
 
-    Attach to the trainer behind the MetricsRecorder. A page that cannot be written does not end the run.
+    Attach to the trainer behind the MetricsRecorder. A page that cannot be written is logged, and the run goes on.
     """
 
     output_dir: str | Path  # with metrics.jsonl, figures, and the scores of every case
@@ -137,28 +137,29 @@ class TrainingReport:
         if records and records[-1]["epoch"] == engine.state.epoch:
             epoch, last = engine.state.epoch, engine.state.max_epochs
             left = timedelta(seconds=round(_usual_seconds(records) * (last - epoch)))
-            self._write(records, f"Epoch {epoch} of {last} when this page was written. About {left} h to go.")
+            state = f"Epoch {epoch} of {last} when this page was written. About {left} h to go."
+            self._write(records, state if epoch < last else "The last epoch is done.", last)
 
     def finish(self, engine: Engine) -> None:
         """Write the page of a run that has ended."""
         if records := self._records():
             epoch, last = engine.state.epoch, engine.state.max_epochs
             early = f"Stopped after epoch {epoch} of {last}: no better validation for long."
-            self._write(records, early if epoch < last else f"Finished after {last} epochs.")
+            self._write(records, early if epoch < last else f"Finished after {epoch} epochs.", last)
 
     def _records(self) -> list[dict[str, Any]]:
         path = Path(self.output_dir) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def _write(self, records: Sequence[dict[str, Any]], state: str) -> None:
-        folder, best = Path(self.output_dir), self.validator.state.best_metric_epoch
-        title = titled(self.settings)
+    def _write(self, records: Sequence[dict[str, Any]], state: str, last: int) -> None:
+        folder, title, validated = Path(self.output_dir), titled(self.settings), self.validator.state
+        best = validated.best_metric_epoch
         counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in self.cases.items())
-        try:
+        with spared(folder / PAGE):
             write(
                 folder / PAGE,
                 title,
-                *heading(title, [state, *_verdict(records, best, self.validator.state.key_metric_name)]),
+                *heading(title, [state, *_verdict(records, best, validated.key_metric_name, last)]),
                 section("Curves", *_curves(records, best)),
                 section("Metrics", _metrics(records, best)),
                 *_scores(folder),
@@ -167,8 +168,6 @@ class TrainingReport:
                 section("Time and memory", table(("", ""), self._costs(records))),
                 *about_run(self.settings),
             )
-        except Exception:
-            logger.exception("%s is not written; the run goes on", folder / PAGE)
 
     def _costs(self, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         costs = [
@@ -178,6 +177,15 @@ class TrainingReport:
         if self.iterated:
             costs.append(("waiting for data", f"{self.waited / self.iterated:.0%} of the training"))
         return [*costs, *memory()]
+
+
+@contextlib.contextmanager
+def spared(path: Path) -> Iterator[None]:
+    """Let a run go on whose page cannot be written, and say why."""
+    try:
+        yield
+    except Exception:
+        logger.exception("%s is not written; the run goes on", path)
 
 
 def titled(settings: Mapping[str, Setting]) -> str:
@@ -203,7 +211,7 @@ def about_run(settings: Mapping[str, Setting]) -> list[Element]:
     warned = [(message, count) for message, count in WarningLog.of_this_run().items()]
     changed = [(name, _plain(one.value), _plain(one.usual)) for name, one in settings.items() if one.is_changed]
     everything = table(("knob", "value"), ((name, _plain(one.value)) for name, one in settings.items()))
-    own = table(("knob", "value", "the recipe's own"), changed) if changed else element("p", "All are the recipe's own.")
+    own = table(("knob", "value", "recipe"), changed) if changed else element("p", "All are as in the recipe.")
     versions = {"Python": platform.python_version(), "PyTorch": torch.__version__, "MONAI": monai.__version__,
                 "Ignite": ignite.__version__, "BertsWinMAE": _version()}  # fmt: skip
     heard = table(("warning", "times"), warned[:LISTED]) if warned else element("p", "None was logged.")
@@ -224,19 +232,20 @@ def memory() -> list[tuple[str, str]]:
     return lines
 
 
-def _verdict(records: Sequence[dict[str, Any]], best: int, key: str) -> list[str]:
+def _verdict(records: Sequence[dict[str, Any]], best: int, key: str, last: int) -> list[str]:
     found = next((record for record in records if record["epoch"] == best), None)
     if found is None:
         return ["No validation has a best epoch yet."]
     lines = [f"The best epoch is {best}, with a {key} of {found[key]:.4g}: checkpoints/model.pt holds its weights."]
     if (left := found.get("val_unexplained")) is not None:
-        guess = f"It explains {1 - left:.0%} of the variance of hidden voxels" if left < 1 else "That is no good yet"
-        lines.append(f"{guess} (val_unexplained {left:.3f}; a constant guess scores 1, a perfect reconstruction 0).")
+        share = f"{1 - left:.0%}" if left < 1 else "nothing yet"
+        scale = f"val_unexplained {left:.3f}, where a constant guess scores 1 and a perfect reconstruction 0"
+        lines.append(f"It explains {share} of the variance of hidden voxels ({scale}).")
     if (cosine := found.get("val_feature_cosine")) is not None:
         before = f"; before tuning to {records[0]['val_feature_cosine']:.3f}" if records[0]["epoch"] == 0 else ""
         lines.append(f"Whole volumes give the features of patch mode to a cosine of {cosine:.3f}{before}.")
-    if best == records[-1]["epoch"] > 1:
-        lines.append("It is the last epoch so far: more of them may do better.")
+    if best == last > 1:
+        lines.append("It is the last epoch: a longer training may do better.")
     return lines
 
 

@@ -3,7 +3,7 @@
 import csv
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..engines.volumes import VolumeEvaluator, VolumeWriter, save_nifti
 from ..handlers.figures import PLANES
+from ..handlers.report import PAGE, Setting
 from ..mistakes import Mistake
+from .feature_report import FeatureReport
 
 __all__ = ["ExtractFeatures", "FeatureWriter", "Placement", "feature_affine", "place_in_window", "principal_colours"]
 
@@ -126,25 +128,30 @@ class FeatureWriter(VolumeWriter):
     """Write what :class:`ExtractFeatures` returns.
 
     For each case, in a folder of its name: ``features.nii.gz`` ``(d, h, w, C)``, ``skip_1.nii.gz`` and so on where
-    there are skips, and ``figure.png``. For all, ``embeddings.csv``.
+    there are skips, and ``figure.png``. For all, ``embeddings.csv`` and ``report.html``.
 
     Args:
         output_dir: of :class:`VolumeWriter`.
         figures: draw one for each case.
+        settings: of the run, for the report.
     """
 
     answers = "features"
     failure = "have no features"
 
-    def __init__(self, output_dir: str | Path, figures: bool = True) -> None:
+    def __init__(
+        self, output_dir: str | Path, figures: bool = True, settings: Mapping[str, Setting] | None = None
+    ) -> None:
         super().__init__(output_dir)
         self.figures, self.table = figures, self.folder / "embeddings.csv"
+        self.page = FeatureReport(self.folder / PAGE, settings or {})
 
     def start(self, engine: Engine) -> None:
-        """Begin a new table."""
+        """Begin a new table and a new page."""
         super().start(engine)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.table.unlink(missing_ok=True)
+        self.page.start()
 
     def write(self, output: dict[str, Any]) -> None:
         """Write one case."""
@@ -160,7 +167,13 @@ class FeatureWriter(VolumeWriter):
                 rows.writerow(["case", *(f"f{number}" for number in range(len(embedding)))])
             rows.writerow([case, *(f"{value:.6g}" for value in embedding)])
         channels, *grid = output["maps"]["features"].shape
+        self.page.add(output)
         logger.info("%s: %d features on a grid of %s", case, channels, " x ".join(map(str, grid)))
+
+    def report(self, engine: Engine) -> None:
+        """Write the page, and end as :class:`VolumeWriter` does."""
+        self.page.write(self.failures)
+        super().report(engine)
 
     def discard(self, case: str) -> None:
         """Remove what is written for a case."""

@@ -1,21 +1,35 @@
 """Promises of inference: every voxel answered, every token in its place."""
 
 import csv
+import io
 import json
+import re
+from contextlib import nullcontext
 from functools import partial
 
+import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny, write_volume
+from conftest import ROOT, TINY, TINY_KNOBS, asks_for_nothing, bundle, drawn_by_a_browser, noise, tiny, write_volume
+from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from scripts import BertsWinEncoder
 from scripts.engines import FeatureWindowInferer
+from scripts.mistakes import Mistake
 from scripts.weights import build_pretrained, fill
-from scripts.workflows import FeatureWriter, Placement, feature_affine, place_in_window, principal_colours
+from scripts.workflows import (
+    FeatureWriter,
+    Placement,
+    feature_affine,
+    feature_report,
+    place_in_window,
+    principal_colours,
+)
+from scripts.workflows.feature_report import draw_thumbnail
 
 ENCODER = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
 ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
@@ -185,8 +199,12 @@ def test_a_folder_with_a_bad_file_is_answered_and_the_bad_one_named(tmp_path, ch
 
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == [
         "embeddings.csv",
-        *("one/scan/features.nii.gz", "one/scan/figure.png", "two/features.nii.gz", "two/figure.png"),
+        *("one/scan/features.nii.gz", "one/scan/figure.png", "report.html", "two/features.nii.gz", "two/figure.png"),
     ]
+    page = (out / "report.html").read_text()
+    asks_for_nothing(page)
+    assert f"Features: {data.name}" in page
+    assert "Features of 2 of 4 volumes are here" in page
     assert nib.load(out / "one" / "scan" / "features.nii.gz").shape == (7, 5, 2, 48)
     rows = list(csv.DictReader((out / "embeddings.csv").open()))
     assert [row["case"] for row in rows] == ["one/scan", "two"]
@@ -268,12 +286,64 @@ def test_a_volume_that_fails_on_the_way_does_not_cost_the_others(tmp_path):
     assert [row["case"] for row in rows] == ["a_cost_$5_and_$6", "c"]
 
 
+def answer(case, embedding, shape=(4, 4, 4)):
+    """Make what ExtractFeatures returns."""
+    maps = {"features": MetaTensor(torch.ones(len(embedding), 1, 1, 1), affine=torch.eye(4))}
+    image = MetaTensor(noise(1, *shape), affine=torch.diag(torch.tensor([1.0, 2.0, 1.0, 1.0])))
+    return {"case": case, "image": image, "embedding": torch.tensor(embedding), "maps": maps}
+
+
+def written(folder, answers, failures=()):
+    """Write the page of an inference with these answers; return its text."""
+    writer = FeatureWriter(folder, figures=False)
+    evaluator = Engine(lambda _, item: item)
+    writer.attach(evaluator)
+    with pytest.raises(Mistake) if failures else nullcontext():
+        evaluator.run([*answers, *({"case": case, "error": "broken"} for case in failures)])
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_maps_every_volume_to_its_place_with_a_thumbnail_and_a_link(tmp_path):
+    evil = "<script>alert(1)"
+    spots = {"a/one": [0.0, 0.0], "a/two": [0.1, 0.0], f"b/{evil} 100%": [9.0, 1.0], "b/far": [9.0, 0.0]}
+    page = written(tmp_path, [answer(case, spot) for case, spot in spots.items()], failures=[evil])
+    asks_for_nothing(page)
+    assert "Features of 4 of 5 volumes are here" in page
+    assert "&lt;script&gt;alert(1): broken" in page
+    assert page.count("data:image/jpeg;base64,") == 4
+    assert 'href="./b/%3Cscript%3Ealert%281%29%20100%25/"' in page
+    places = [float(left) for left in re.findall(r'class="point c\d" href=[^>]*style="left: ([\d.]+)%', page)]
+    order = sorted(places)
+    assert order[1] - order[0] < 5 < 80 < order[2] - order[1]  # two and two
+    assert 4 <= order[0] <= order[-1] <= 96
+    assert set(re.findall(r'"point (c\d)"', page)) == {"c0", "c1"}  # by folder
+    assert drawn_by_a_browser(tmp_path / "report.html").std() > 0.05
+
+
+def test_a_thumbnail_has_the_proportions_of_the_scan_in_mm():
+    thumbnail = draw_thumbnail(answer("a", [0.0], shape=(20, 30, 4))["image"])  # 20 by 60 mm
+    assert matplotlib.image.imread(io.BytesIO(thumbnail), format="jpeg").shape[:2] == (96, 32)
+
+
+def test_a_page_of_many_volumes_shows_some_of_them_evenly_chosen_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_report, "SHOWN", 4)
+    page = written(tmp_path, [answer(f"scan_{n}", [float(n), 0.0]) for n in range(10)])
+    assert "This page shows 4 of them, evenly chosen; embeddings.csv holds all." in page
+    assert re.findall(r"<td><a href=\"./scan_(\d)/", page) == ["0", "3", "6", "9"]
+
+
+@pytest.mark.parametrize("embeddings", [[], [0.0, 1.0], [1.0, 1.0, 1.0, 2.0]])
+def test_fewer_than_three_different_volumes_make_a_page_without_a_map(tmp_path, embeddings):
+    page = written(tmp_path, [answer(f"scan_{n}", [value, 0.0]) for n, value in enumerate(embeddings)], ["broken"])
+    assert "A map needs three different volumes or more." in page
+    assert f"Features of {len(embeddings)} of {len(embeddings) + 1} volumes are here" in page
+
+
 def test_the_embeddings_are_valid_csv_whatever_a_case_is_called(tmp_path):
     names = ["na,me;x", 'the "best", one', "two\nlines", "plain"]
     writer = FeatureWriter(tmp_path, figures=False)
     for number, name in enumerate(names):
-        maps = {"features": MetaTensor(torch.ones(2, 1, 1, 1), affine=torch.eye(4))}
-        writer.write({"case": name, "embedding": torch.tensor([number, 0.5]), "maps": maps})
+        writer.write(answer(name, [number, 0.5]))
     with (tmp_path / "embeddings.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["case"], float(row["f0"]), float(row["f1"])) for row in rows] == [

@@ -161,6 +161,9 @@ def test_finetuning_scores_every_case_and_prediction_writes_masks_on_the_files_v
         rows = list(csv.reader(file))
     assert len(rows) > 1
     assert rows[1][0].startswith("imagesTr/")
+    page = (tmp_path / "out" / "report.html").read_text()
+    for words in ("Fine-tuning for segmentation: ", "<td>label 1</td>", f"<td>{rows[1][0]}</td>"):
+        assert words in page, words
 
     again = finetune(num_train_cases=4, resume="true", **settings)
     assert again.returncode == 1

@@ -142,6 +142,10 @@ def test_tuning_leaves_a_report_a_network_and_an_encoder(cohort, tmp_path, pretr
     }
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [0, 1, 2]
+    words = (
+        f"to a cosine of {report['feature_cosine_after']:.3f}; before tuning to {report['feature_cosine_before']:.3f}"
+    )
+    assert words in (tmp_path / "report.html").read_text()
 
     strict = stem == "strict"
     tuned = BertsWinMAE(**(TINY | {"strict_stem": strict}))
