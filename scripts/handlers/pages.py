@@ -36,7 +36,7 @@ figure { margin: 0 } figcaption { font-size: 13px } figcaption b { color: var(--
 .wide { overflow-x: auto } .wide img { min-width: 900px; display: block }
 table { border-collapse: collapse; font-size: 14px } th { text-align: left }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal }
-td:last-child:not(.number) { min-width: 24ch }
+td:last-child:not(.number) { min-width: 18ch }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 svg { display: block; width: 100%; height: auto } svg text { font-size: 12px; fill: var(--soft) }
 .rule { stroke: var(--line) } .best { stroke: var(--soft); stroke-dasharray: 2 4 }
