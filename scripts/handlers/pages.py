@@ -186,8 +186,4 @@ def write(path: Path, title: str, *content: Element) -> None:
     )
     page = element("html", head, element("body", element("main", *content)), lang="en")
     text = "<!DOCTYPE html>\n" + ElementTree.tostring(page, encoding="unicode", method="html")
-    beside = path.with_name(f".{path.name}")
-    with checkpoints.named_after(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8", errors="replace")  # file names may be no text
-        beside.replace(path)
+    checkpoints.save_text(text, path)

@@ -100,13 +100,9 @@ class MetricsRecorder:
 
     def _write(self, record: dict[str, Any]) -> None:
         path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-        beside = path.with_name(f".{path.name}")
-        with checkpoints.named_after(path):
-            beside.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
-            beside.replace(path)
+        checkpoints.save_text("\n".join([*kept, json.dumps(record)]) + "\n", path)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import ignite
 import ignite.distributed as idist
 import monai
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
@@ -56,6 +57,7 @@ MEANINGS = {
     "volumetric": "squared error of whole volumes, rebuilt",
     "patch_mode": "squared error of the network that was not tuned, in patch mode: the goal",
 }
+FOLDS = {"train": "training", "val": "validation", "": ""}
 FIRST = ("loss", "objective", "dice", "unexplained", "feature_cosine", "hausdorff", "learning_rate")
 
 
@@ -253,15 +255,14 @@ def _curves(records: Sequence[dict[str, Any]], best: int) -> list[Element]:
     """Draw every quantity, that of training and that of validation together; the telling ones first."""
     quantities: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in records:
-        for name, value in record.items():
-            if name not in ("epoch", "iteration", "seconds") and value is not None:
-                fold, _, quantity = name.partition("_") if name.startswith(("train_", "val_")) else ("", "", name)
+        for name in record.keys() - {"epoch", "iteration", "seconds"}:
+            fold, quantity = name.split("_", 1) if name.startswith(("train_", "val_")) else ("", name)
+            if (value := record[name]) is not None:
                 lines = quantities.setdefault(quantity, {})
-                lines.setdefault({"train": "training", "val": "validation"}.get(fold, fold), []).append(
-                    (record["epoch"], value)
-                )
+                lines.setdefault(FOLDS[fold], []).append((record["epoch"], value))
     charts = {
-        name: chart(name.replace("_", " "), MEANINGS.get(name, ""), lines, best) for name, lines in quantities.items()
+        name: chart(name.replace("_", " "), MEANINGS.get(name, ""), dict(sorted(lines.items())), best)
+        for name, lines in sorted(quantities.items())
     }
     telling = [charts.pop(name) for name in FIRST if name in charts]
     note = element("p", "Over epochs. The dotted line is the best one.", class_="soft")
@@ -288,27 +289,20 @@ def _scores(folder: Path) -> list[Element]:
     """Show the scores by label and by case, where a run wrote them: of the last validation."""
     by_metric = {path.name.removesuffix("_raw.csv").removeprefix("val_"): _read_scores(path)
                  for path in sorted(folder.glob("val_*_raw.csv"))}  # fmt: skip
-    by_metric = {metric: rows for metric, rows in by_metric.items() if rows}
-    if not by_metric:
+    if not any(by_metric.values()):
         return []
-    labels = range(len(next(iter(next(iter(by_metric.values())).values()))) - 1)  # the last one is their mean
-    means = (
-        [f"label {label + 1}", *(_mean([row[label] for row in rows.values()]) for rows in by_metric.values())]
-        for label in labels
-    )
-    cases = sorted(next(iter(by_metric.values())).items(), key=lambda item: item[1][-1])
-    each = (
-        [case, *(rows[case][place] for rows in by_metric.values() if case in rows for place in [*labels, -1])]
-        for case, _ in cases[:LISTED]
-    )
-    head = ["case", *(f"{metric}, {which}" for metric in by_metric
-                      for which in [*(f"label {label + 1}" for label in labels), "mean"])]  # fmt: skip
+    first, scores = next(iter(by_metric.items()))
+    names = [*(f"label {place}" for place in range(1, len(next(iter(scores.values()))))), "mean"]
+    means = zip(names, *(np.nanmean([*rows.values()], axis=0).tolist() for rows in by_metric.values()), strict=True)
+    cases = sorted(scores, key=lambda case: scores[case][-1])
+    each = ([case, *(score for rows in by_metric.values() for score in rows[case])] for case in cases[:LISTED])
+    head = ["case", *(f"{metric}, {name}" for metric in by_metric for name in names)]
     return [
         section(
             "Scores",
             element("p", "Of the last validation, which need not be the best.", class_="soft"),
-            table(["", *(f"mean {metric}" for metric in by_metric)], means),
-            details(f"{len(cases)} cases, by {next(iter(by_metric))}", table(head, each), *_more(len(cases))),
+            table(["", *by_metric], means),
+            details(f"{len(cases)} cases, by {first}", table(head, each), *_more(len(cases))),
         )
     ]
 
@@ -317,11 +311,6 @@ def _read_scores(path: Path) -> dict[str, list[float]]:
     with path.open(newline="") as file:
         _, *rows = csv.reader(file)
     return {case: list(map(float, values)) for case, *values in rows}
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if value == value]  # a label that a case lacks is nan
-    return statistics.fmean(known) if known else float("nan")
 
 
 def _last_figure(folder: Path) -> list[Element]:

@@ -65,6 +65,15 @@ def save(content: Any, path: str | Path, keep_previous: bool = False, head: dict
             raise
 
 
+def save_text(text: str, path: Path) -> None:
+    """Write a text beside its place and rename it there; errors are those of :func:`save`."""
+    with named_after(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}")
+        beside.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no text
+        beside.replace(path)
+
+
 @contextlib.contextmanager
 def named_after(path: Path) -> Iterator[None]:
     """Let errors of writing, whatever torch makes of them, name the file that was to be written."""
