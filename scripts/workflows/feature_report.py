@@ -3,7 +3,6 @@
 import io
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,11 +33,6 @@ class Answer(NamedTuple):
     grid: tuple[int, ...]  # tokens, (d, h, w)
     embedding: np.ndarray  # (C,)
     thumbnail: bytes  # JPEG
-
-    @property
-    def folder(self) -> str:
-        """Where the volume lies below the dataset."""
-        return self.case.rpartition("/")[0]
 
 
 @dataclass(eq=False)
@@ -99,7 +93,7 @@ def draw_thumbnail(image: Any) -> bytes:
 
 
 def draw_map(answers: Sequence[Answer], kept: Sequence[Answer]) -> list[Element]:
-    """Put volumes where the first two principal components of all embeddings say, coloured by folder if these are few.
+    """Put volumes where the first two principal components of all embeddings say, coloured by folder.
 
     Pointing at a volume, or going there with the tabulator, shows its name and thumbnail.
     """
@@ -110,19 +104,27 @@ def draw_map(answers: Sequence[Answer], kept: Sequence[Answer]) -> list[Element]
     places = analysis.transform(np.stack([answer.embedding for answer in kept]))
     low, high = places.min(axis=0), places.max(axis=0)
     places = 4 + 92 * (places - low) / np.maximum(high - low, 1e-12)  # percent of the drawing
-    folders = [folder for folder, _ in sorted(Counter(answer.folder for answer in kept).items())]
-    by_folder = len(folders) <= COLOURS
+    groups = group_by_folder([answer.case for answer in kept])
+    names = sorted(set(groups))
     points = (
-        _point(answer, *map(float, place), folders.index(answer.folder) if by_folder else 0)
-        for answer, place in zip(kept, places, strict=True)
+        _point(answer, *map(float, place), names.index(group))
+        for answer, place, group in zip(kept, places, groups, strict=True)
     )
-    shares = " and ".join(f"{share:.0%}" for share in analysis.explained_variance_ratio_)
+    shares = " and ".join(f"{share:.1%}" for share in analysis.explained_variance_ratio_)
     about = (
         "Each point is a volume. Volumes with like embeddings lie close to each other. Across and up: the first two "
         f"principal components, which hold {shares} of the embeddings' variance. Point at one to see it."
     )
-    keys = legend(folder or "no folder" for folder in folders) if by_folder and len(folders) > 1 else []
+    keys = legend(name or "no folder" for name in names) if len(names) > 1 else []
     return [element("p", about, class_="soft"), element("div", *points, class_="map"), *keys]
+
+
+def group_by_folder(cases: Sequence[str]) -> list[str]:
+    """Name the folder of each case, at the deepest level at which there are no more folders than colours."""
+    folders = [case.split("/")[:-1] for case in cases]
+    levels = range(max(map(len, folders)), -1, -1)
+    groups = (["/".join(folder[:level]) for folder in folders] for level in levels)
+    return next(names for names in groups if len(set(names)) <= COLOURS)
 
 
 def _point(answer: Answer, x: float, y: float, colour: int) -> Element:

@@ -29,7 +29,7 @@ from scripts.workflows import (
     place_in_window,
     principal_colours,
 )
-from scripts.workflows.feature_report import draw_thumbnail
+from scripts.workflows.feature_report import draw_thumbnail, group_by_folder
 
 ENCODER = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
 ENCODER_KNOBS = {name: value for name, value in TINY_KNOBS.items() if name in (
@@ -318,6 +318,13 @@ def test_the_page_maps_every_volume_to_its_place_with_a_thumbnail_and_a_link(tmp
     assert 4 <= order[0] <= order[-1] <= 96
     assert set(re.findall(r'"point (c\d)"', page)) == {"c0", "c1"}  # by folder
     assert drawn_by_a_browser(tmp_path / "report.html").std() > 0.05
+
+
+def test_volumes_are_coloured_by_the_deepest_folders_that_colours_suffice_for():
+    cases = [f"site_{n % 3}/subject_{n}/anat/T1w" for n in range(12)]
+    assert group_by_folder(cases) == [f"site_{n % 3}" for n in range(12)]
+    assert group_by_folder(cases[:8]) == [case.removesuffix("/T1w") for case in cases[:8]]
+    assert group_by_folder(["a/x", "y"]) == ["a", ""]
 
 
 def test_a_thumbnail_has_the_proportions_of_the_scan_in_mm():
