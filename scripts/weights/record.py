@@ -49,12 +49,7 @@ def read_record(weights: str | Path | None) -> dict[str, Any]:
 
 def write_record(record: Mapping[str, Any], weights: str | Path) -> None:
     """Write a record beside a file of weights, whole or not at all."""
-    path = Path(weights).with_suffix(".json")
-    beside = path.with_name(f".{path.name}")
-    with checkpoints.named_after(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+    checkpoints.save_text(json.dumps(record, indent=1) + "\n", Path(weights).with_suffix(".json"))
 
 
 def recorded(record: Mapping[str, Any], part: str) -> dict[str, Any]:
