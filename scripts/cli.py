@@ -36,6 +36,7 @@ RECIPES = {
     "conductor": ("train.yaml", "train_conductor.yaml"),
     "stem_tuning": ("train.yaml", "tune_stem.yaml"),
     "segmentation": ("train.yaml", "finetune_segmentation.yaml"),
+    "classification": ("train.yaml", "finetune_classification.yaml"),
     "probe": ("train.yaml", "probe.yaml"),
 }
 PRETRAINING = ("pretraining", "conductor")  # what they start from may be of another size and spacing

@@ -42,8 +42,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "tasks": ("component", "loss"),
     "stem": ("keep", "strict"),
     "objective": ("distillation", "reconstruction", "both"),
-    "target": ("label", "class"),
     "mode": ("volumetric", "patch"),
+    "task": ("auto", "classification", "regression"),
+    "pooling": ("mean", "attention"),
 }
 SYNONYMS = {"modality": {"mri": "mr"}}
 SHARES = ("affine_prob", "ct_noise_prob", "flip_prob", "hu_warp_prob", "intensity_prob")
@@ -64,6 +65,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(FROM_ZERO, Range(0)),
     **dict.fromkeys(FROM_ONE, Range(1)),
     **dict.fromkeys(("clip_norm", "learning_rate"), Range(0, with_low=False)),
+    "lr_decay": Range(0, 1, with_low=False),
     "num_labels": Range(1, 255),  # a label map has bytes
     "patch_size": Range(2, 64),
     "rank_timeout": Range(1, 1_000_000),

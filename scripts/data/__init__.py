@@ -12,3 +12,4 @@ from .provenance import *
 from .reading import *
 from .sample import *
 from .splitting import *
+from .targets import *

@@ -79,7 +79,7 @@ def find_cases(
         the split by name is the same wherever the dataset lies. ``image`` is a path, or a list of them: the channels,
         or the slices of a DICOM series. Where they are known there are also ``label`` (path), ``class``, ``patient``,
         ``session``, ``modality`` (as a DICOM header says it) and ``field_of_view``, the arguments of
-        :func:`bertswin_mae.transforms.cylinder`.
+        :func:`bertswin_mae.transforms.cylinder`. Other texts and numbers of a datalist, such as ``age``, come along.
 
     Raises:
         Mistake: when nothing is there, a case is incomplete, or two share one name.
@@ -146,6 +146,8 @@ def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: 
     ``most`` are kept if it is given, chosen by a hash of their names; another seed keeps others. Too few, or none, are
     a Mistake; so are label maps that are named but not there.
     """
+    if by not in ("label", "class"):
+        raise Mistake(f"target is {by!r} but must be one of ['label', 'class']")
     kept = [case for case in cases if by in case]
     if len(kept) < len(cases):
         logger.info("%d of %d cases have a %s, the others are left out", len(kept), len(cases), by)

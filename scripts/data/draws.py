@@ -1,6 +1,6 @@
 """Draws for training, in which all randomness is a function of the seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ class DrawSampler(DistributedSampler):
         batch_size: volumes a rank takes in one iteration.
         iterations: iterations an epoch; default: as many as one pass over the cases takes, rounded up.
         seed: of the run.
+        groups: of each case, the number of its class: all classes are drawn equally often, and of a class all cases;
+            default: all cases are.
         sharded: each rank has a dataset of its own, every ``num_replicas``-th case from ``rank`` on, and draws from
             that; otherwise all have the same one.
         num_replicas, rank: how many ranks there are, and which is this one; default: those of this run.
@@ -42,6 +44,7 @@ class DrawSampler(DistributedSampler):
         batch_size: int,
         iterations: int | None = None,
         seed: int = 0,
+        groups: Sequence[int] | None = None,
         sharded: bool = False,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -51,7 +54,9 @@ class DrawSampler(DistributedSampler):
         super().__init__(range(num_cases), num_replicas, rank, seed=seed)
         self.batch_size, self.global_batch = batch_size, batch_size * num_replicas
         self.shard = [rank] if sharded and num_replicas > 1 else []
-        self.num_cases = len(range(rank, num_cases, num_replicas)) if self.shard else num_cases
+        mine = np.asarray(groups or [0] * num_cases)
+        mine = mine[rank::num_replicas] if self.shard else mine
+        self.pools = [np.flatnonzero(mine == group) for group in np.unique(mine)]  # to draw from in turn
         self.iterations = iterations or -(-num_cases // self.global_batch)
         self.skipped = 0
         self.set_epoch(1)  # Ignite counts from one
@@ -74,9 +79,11 @@ class DrawSampler(DistributedSampler):
         seed = np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0]
         if self.shard:
             number = iteration * self.batch_size + place
-        pass_number, place_in_pass = divmod(number, self.num_cases)
+        turn, place_in_turn = divmod(number, len(self.pools))
+        pool = self.pools[np.random.default_rng([self.seed, turn, 0, 2]).permutation(len(self.pools))[place_in_turn]]
+        pass_number, place_in_pass = divmod(turn, len(pool))
         # Every pass over the cases is a shuffle of its own, so all are seen equally often.
-        order = np.random.default_rng([self.seed, pass_number, *self.shard]).permutation(self.num_cases)
+        order = np.random.default_rng([self.seed, pass_number, *self.shard]).permutation(pool)
         return Draw(int(order[place_in_pass]), int(seed))
 
 

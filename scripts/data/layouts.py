@@ -28,6 +28,8 @@ Folds = dict[str, list[Case]]
 NNUNET_FILE = re.compile(r"(.+)_\d{4}")
 BIDS_FILE = re.compile(r"(?P<patient>sub-[a-zA-Z0-9]+)(_(?P<session>ses-[a-zA-Z0-9]+))?(_.+)?_(?P<suffix>[a-zA-Z0-9]+)")
 PATIENT_KEYS = ("patient", "subject", "PatientID", "participant_id")
+# Names that mean something on the way of a case to the network: a datalist cannot give them another meaning.
+OWN_KEYS = ("image", "label", "case", "fold", "modality", "lacks", "fov", "seed", "target", "error")
 
 
 def read_dataset(
@@ -154,6 +156,8 @@ def _listed_case(item: Mapping[str, Any], root: Path, remember: Remember | None 
         case["label"] = _listed_path(str(known["label"]), root)
     types = {"field_of_view": dict, "class": str, "session": str}
     case |= {key: kind(known[key]) for key, kind in types.items() if key in known}
+    plain = {key: value for key, value in known.items() if isinstance(value, str | int | float)}
+    case |= {key: value for key, value in plain.items() if key not in (*types, *PATIENT_KEYS, *OWN_KEYS)}
     patients = [str(known[key]) for key in PATIENT_KEYS if key in known]
     return case | ({"patient": patients[0]} if patients else {})
 

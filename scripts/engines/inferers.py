@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from monai.data.utils import dense_patch_slices
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor
 
 from ..mistakes import Mistake
 
-__all__ = ["AutocastInferer", "FeatureWindowInferer", "LogitsInferer", "LogitsWindowInferer", "autocast_dtype"]
+__all__ = ["AutocastInferer", "FeatureWindowInferer", "LogitsInferer", "LogitsWindowInferer", "MeanWindowInferer"]
+__all__ += ["autocast_dtype"]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,6 +63,27 @@ class LogitsInferer(AutocastInferer):
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(B, C, D, H, W)`` to logits."""
         return super().__call__(inputs, network, *args, **kwargs).float()
+
+
+class MeanWindowInferer(LogitsInferer):
+    """Average what a network says of each of the windows that cover a volume, which is no smaller than a window.
+
+    Arguments are those of :class:`WindowInferer`.
+    """
+
+    def __init__(
+        self, window_size: Sequence[int], overlap: float, batch_size: int, precision: str, device: str | torch.device
+    ) -> None:
+        super().__init__(precision, device)
+        self.window_size, self.batch_size = tuple(window_size), batch_size
+        self.steps = [max(1, int(side * (1 - overlap))) for side in window_size]
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``(B, C, D, H, W)`` to ``(B, K)``, the mean over windows."""
+        places = dense_patch_slices(inputs.shape[2:], self.window_size, self.steps)
+        windows = torch.cat([inputs[(..., *place)] for place in places])  # window by window
+        answers = [super(MeanWindowInferer, self).__call__(part, network) for part in windows.split(self.batch_size)]
+        return torch.cat(answers).unflatten(0, (len(places), -1)).mean(dim=0)
 
 
 class WindowInferer(SlidingWindowInferer):

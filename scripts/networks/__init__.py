@@ -1,7 +1,8 @@
-"""The networks: encoder, masked autoencoder, and a dense decoder on top."""
+"""The networks: encoder, masked autoencoder, and what stands on an encoder: a dense decoder or a linear head."""
 
 # flake8: noqa: F403 (the public names are those in the `__all__` of each module)
 from .bertswin_mae import *
+from .classification import *
 from .encoder import *
 from .patches import *
 from .segmentation import *
