@@ -11,6 +11,10 @@ STACKS = {
     "conductor": (["train.yaml", "train_conductor.yaml", "multi_gpu.yaml"], ["training", "plan"]),
     "stem_tuning": (["train.yaml", "tune_stem.yaml", "small.yaml"], ["training", "plan", "tuning"]),
     "segmentation": (["train.yaml", "finetune_segmentation.yaml"], ["training", "plan", "finetuning", "prediction"]),
+    "classification": (
+        ["train.yaml", "finetune_classification.yaml"],
+        ["training", "plan", "finetuning", "prediction"],
+    ),
     "probe": (["train.yaml", "probe.yaml"], ["training", "plan", "probe"]),
     "inference": (["inference.json"], ["inference"]),
 }

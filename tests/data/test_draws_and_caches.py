@@ -48,6 +48,34 @@ def test_more_draws_than_cases_still_make_full_batches():
     assert len(draws(DrawSampler(num_cases=3, batch_size=8), 1)) == 8
 
 
+GROUPS = [0] * 9 + [1] * 2 + [2]
+
+
+def test_with_groups_all_classes_are_drawn_equally_often_and_in_each_all_cases():
+    sampler = DrawSampler(12, 6, iterations=9, seed=1, groups=GROUPS)
+    counts = collections.Counter(draw.index for draw in draws(sampler, 1))
+    assert [counts[case] for case in range(12)] == [2] * 9 + [9, 9, 18]
+    for first in range(0, 54, 3):  # in turn
+        assert {GROUPS[draw.index] for draw in draws(sampler, 1)[first : first + 3]} == {0, 1, 2}
+    assert len({draw.seed for draw in draws(sampler, 1)}) == 54
+
+
+def test_balanced_draws_follow_from_seed_and_epoch_go_on_in_the_middle_and_are_shared_by_ranks():
+    def sampler(size=4, **settings):
+        return DrawSampler(12, size, iterations=3, groups=GROUPS, **settings)
+
+    alone = draws(sampler(), 2)
+    assert alone == draws(sampler(), 2) != draws(sampler(), 3)
+    assert alone != draws(sampler(seed=1), 2)
+    resumed = sampler()
+    resumed.skip(2)
+    assert draws(resumed, 2) == alone[8:]
+    halves = [draws(sampler(2, num_replicas=2, rank=rank), 2) for rank in (0, 1)]
+    assert [draw for n in range(3) for half in halves for draw in half[2 * n : 2 * n + 2]] == alone
+    shards = [draws(sampler(2, num_replicas=2, rank=rank, sharded=True), 2) for rank in (0, 1)]
+    assert all(0 <= draw.index < 6 for shard in shards for draw in shard)  # each of its own six
+
+
 def random_dataset(cache="memory", cache_dir=None):
     transform = Compose([ScaleIntensityd("image"), RandGaussianNoised("image", prob=1.0)])
     data = [{"image": torch.arange(8.0).reshape(1, 2, 2, 2) + number} for number in range(6)]

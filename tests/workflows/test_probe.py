@@ -62,6 +62,8 @@ def test_cases_without_labels_are_refused():
     assert (len(few), fewer) == (10, few[:5])  # the same few, whatever the order
     with pytest.raises(ValueError, match="none of the cases has a label"):
         labelled([{"case": "a"}])
+    with pytest.raises(ValueError, match=r"target is 'age' but must be one of \['label', 'class'\]"):
+        labelled([{"case": "a", "age": 3}], by="age")
 
 
 @pytest.mark.slow

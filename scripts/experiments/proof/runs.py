@@ -23,11 +23,14 @@ CONFIGS = {
     "training": ("train.yaml", "small.yaml"),
     "tuning": ("train.yaml", "tune_stem.yaml", "small.yaml"),
     "finetuning": ("train.yaml", "finetune_segmentation.yaml", "small.yaml"),
+    "classification": ("train.yaml", "finetune_classification.yaml", "small.yaml"),
     "probe": ("train.yaml", "probe.yaml", "small.yaml"),
 }
+RUN_IDS = {"classification": "finetuning"}  # where it is another name
 # How a run ends whose loss, gradient or validation is no finite number any more, and what it then counts as.
 DIVERGED = re.compile(r"^error: (.+ is (?:nan|-?inf) (?:in|after) epoch (\d+).+)$", re.MULTILINE)
 WORST = {"val_mse": math.inf, "val_unexplained": math.inf, "val_dice": 0.0, "val_hausdorff": math.inf}
+WORST |= {"val_auroc": 0.0, "val_accuracy": 0.0, "val_mae": math.inf, "val_r2": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Run:
             "-m",
             "monai.bundle",
             "run",
-            self.workflow,
+            RUN_IDS.get(self.workflow, self.workflow),
             "--config_file",
             str(self.config_files()),
         ]
