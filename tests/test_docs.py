@@ -65,6 +65,9 @@ def _label(folder):
         voxels = np.asarray(image.dataobj)
         label = (voxels > 500).astype(np.uint8) + (voxels > 800)
         nib.save(nib.Nifti1Image(label.astype(np.uint8), image.affine), folder / "labelsTr" / path.name)
+    listed = json.loads((folder / "dataset.json").read_text())["training"]
+    cases = [item | {"sex": "FM"[number % 2], "age": 20 + number} for number, item in enumerate(listed)]
+    (folder / "dataset.json").write_text(json.dumps({"training": cases[:4], "validation": cases[4:]}))
 
 
 @pytest.fixture(scope="module")
