@@ -81,9 +81,11 @@ class MeanWindowInferer(LogitsInferer):
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(B, C, D, H, W)`` to ``(B, K)``, the mean over windows."""
         places = dense_patch_slices(inputs.shape[2:], self.window_size, self.steps)
-        windows = torch.cat([inputs[(..., *place)] for place in places])  # window by window
-        answers = [super(MeanWindowInferer, self).__call__(part, network) for part in windows.split(self.batch_size)]
-        return torch.cat(answers).unflatten(0, (len(places), -1)).mean(dim=0)
+        answers = []
+        for first in range(0, len(places), self.batch_size):
+            windows = [inputs[(..., *place)] for place in places[first : first + self.batch_size]]
+            answers.append(super().__call__(torch.cat(windows), network, *args, **kwargs))
+        return torch.cat(answers).unflatten(0, (len(places), -1)).mean(dim=0)  # window by window
 
 
 class WindowInferer(SlidingWindowInferer):
