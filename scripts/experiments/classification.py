@@ -73,7 +73,7 @@ def compare_starts(
     for run in runs.values():
         run.execute(threads=1)
     scores = {key: run.metrics()[-1] for key, run in runs.items()}
-    report_starts(folder, scores, {target: _guess(folds, target) for target, _, _ in runs})
+    report_starts(folder, scores, {target: _guess(folds, target) for target in ensure_tuple(targets)})
 
 
 def _guess(folds: Mapping[str, Any], target: str) -> dict[str, float]:
