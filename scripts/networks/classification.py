@@ -43,6 +43,7 @@ class ClassificationNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.settings = getattr(encoder, "settings", {}) | {"pooling": pooling}
         self.pooling = AttentionPooling(encoder.embed_dim) if pooling == "attention" else None
         self.norm = nn.LayerNorm(encoder.embed_dim)
         self.head = nn.Linear(encoder.embed_dim, out_channels)

@@ -19,7 +19,7 @@ NETWORK = (
     *("img_size", "patch_size", "in_chans", "encoder_embed_dim", "encoder_depth", "encoder_num_heads"),
     *("swin_window_size", "stem_base_dim", "strict_stem", "blockwise_norm", "decoder_embed_dim"),
 )
-HEAD = ("num_labels", "feature_size")  # of the decoder that was fine-tuned with the weights
+HEAD = ("num_labels", "feature_size", "pooling")  # of what was fine-tuned with the weights
 CARRIED = (*NETWORK, *HEAD, "modality", "spacing")
 MAY_DIFFER = ("img_size", "blockwise_norm")  # the weights fit all the same
 MOST_OFF = 1.5  # how many times larger or smaller than in training a voxel may be, along each axis

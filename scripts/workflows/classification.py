@@ -1,7 +1,6 @@
 """Classification and regression on top of any encoder: rates by depth, scores, and answers for a folder of volumes."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ..data.targets import Targets
 from ..engines.volumes import VolumeEvaluator, VolumeWriter
 from ..mistakes import Mistake
+from ..weights import read_record, recorded
 
 __all__ = ["PredictTarget", "PredictionWriter", "PrepareTargetBatch", "ScoresWriter", "TargetScores"]
 __all__ += ["calibration_bins", "layerwise_rates", "read_target"]
@@ -237,17 +237,15 @@ def read_target(weights: str | Path) -> dict[str, Any]:
     """Read what a network predicts off the JSON beside its weights.
 
     Returns:
-        ``field``; ``classes``, their names in order, none of a number; and ``pooling``.
+        ``field``, and ``classes``, their names in order, none of a number.
 
     Raises:
         Mistake: when there is no such JSON, or it is not of a classification or regression.
     """
-    record = Path(weights).with_suffix(".json")
-    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    target = content.get("target") if isinstance(content, dict) else None
-    if not isinstance(target, dict) or not {"field", "classes", "pooling"} <= target.keys():
+    target = recorded(read_record(weights), "target")
+    if not {"field", "classes"} <= target.keys():
         raise Mistake(
-            f"{record} does not say what {weights} predicts: --ckpt_dir is the folder of checkpoints that a "
+            f"nothing beside {weights} says what it predicts: --ckpt_dir is the folder of checkpoints that a "
             "classification or regression left, its model.json with it"
         )
     return target

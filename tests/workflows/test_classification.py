@@ -195,12 +195,12 @@ def test_a_folder_of_volumes_gets_a_table_and_the_bad_ones_are_named(tmp_path):
 
 
 def test_what_a_network_predicts_is_read_off_its_record(tmp_path):
-    with pytest.raises(Mistake, match=r"model.json does not say what .*model.pt predicts: --ckpt_dir is the folder"):
+    with pytest.raises(Mistake, match=r"nothing beside .*model.pt says what it predicts: --ckpt_dir is the folder"):
         read_target(tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(json.dumps({"seen": {}}))
-    with pytest.raises(Mistake, match="does not say what"):
+    with pytest.raises(Mistake, match="nothing beside"):
         read_target(tmp_path / "model.pt")
-    target = {"field": "sex", "classes": ["F", "M"], "pooling": "mean"}
+    target = {"field": "sex", "classes": ["F", "M"]}
     (tmp_path / "model.json").write_text(json.dumps({"target": target}))
     assert read_target(tmp_path / "model.pt") == target
 
@@ -247,7 +247,7 @@ def test_a_head_learns_classes_from_a_frozen_encoder_and_prediction_says_the_sam
     for name, weight in torch.load(tmp_path / "model.pt", weights_only=True).items():
         if name.startswith("encoder."):
             assert torch.equal(weights[name], weight)
-    assert read_target(out / "checkpoints" / "model.pt") == {"field": "sex", "classes": ["F", "M"], "pooling": "mean"}
+    assert read_target(out / "checkpoints" / "model.pt") == {"field": "sex", "classes": ["F", "M"]}
     assert (out / "figures" / "calibration.png").exists()
 
     write_volume(people / "new" / "broken.nii.gz").write_bytes(b"no volume")
