@@ -22,9 +22,10 @@ from . import parallel
 from .handlers import TRAINING_STATE, Setting, WarningLog, end_when_preempted
 from .knobs import RENAMED, is_expression, is_knob, read
 from .mistakes import Mistake, causes, likely, reason
-from .weights import CARRIED, bundle_root, carried_knobs
+from .weights import CARRIED, carried_knobs
 
-__all__ = ["as_written", "check_knobs", "check_run", "check_workflow", "settings", "show_mistakes"]
+__all__ = ["as_written", "caller", "check_knobs", "check_run", "check_workflow", "overridden", "settings"]
+__all__ += ["show_mistakes"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 # The configs of each recipe. Their top-level names are the knobs, the types of their plain values the valid types.
 RECIPES = {
     "inference": ("inference.json",),
+    "continued": ("train.json",),  # of a finished bundle
     "pretraining": ("train.yaml",),
     "conductor": ("train.yaml", "train_conductor.yaml"),
     "stem_tuning": ("train.yaml", "tune_stem.yaml"),
@@ -49,6 +51,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a quota
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def caller(kind: type[T]) -> T | None:
+    """Find the parser or workflow whose config is being resolved: its components are not handed it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(caller := frame.f_locals.get("self"), kind):
+            return caller
+        frame = frame.f_back
+    return None
+
+
 def check_knobs(weights: str = "pretrained") -> None:
     """Check the overrides of a run against the configs of its recipe: the first step of every workflow.
 
@@ -64,13 +76,14 @@ def check_knobs(weights: str = "pretrained") -> None:
     """
     show_mistakes()
     WarningLog.begin()
-    parser = _caller(ConfigParser)
+    parser = caller(ConfigParser)
     if parser is None:
         raise RuntimeError("check_knobs works inside a MONAI bundle config only")
     _fit_tracking(parser)
-    given, recipe = _given() - TRACKING_KNOBS, parser.get("recipe", "inference")
-    files, defaults = _defaults(recipe)
-    passed = {"_meta_", *TRACKING_KNOBS, *_defaults("pretraining")[1]}  # an overlay may serve several workflows
+    given, recipe = overridden() - TRACKING_KNOBS, parser.get("recipe", "inference")
+    folder = Path(parser.get_parsed_content("bundle_root")) / "configs"  # which may be a finished bundle's
+    files, defaults = _defaults(recipe, folder)
+    passed = {"_meta_", *TRACKING_KNOBS, *_defaults("pretraining", folder)[1]}  # an overlay may serve several workflows
     changes = {}
     for name, value in parser.get().items():
         if name in defaults:
@@ -82,17 +95,27 @@ def check_knobs(weights: str = "pretrained") -> None:
     _change(parser, _carried(parser, recipe, defaults, given, weights))
 
 
+def overridden() -> set[str]:
+    """Name what stands on the command line, even if it is what the config says anyway."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is monai.bundle.scripts.run.__code__:
+            return set(frame.f_locals["override"])
+        frame = frame.f_back
+    return set()
+
+
 def as_written(name: str) -> Any:
     """Return an entry of the config as it is written, none of its components built."""
-    return _caller(ConfigParser)[name]
+    return caller(ConfigParser)[name]
 
 
 def settings() -> dict[str, Setting]:
     """Tell what every knob of a run is, for its report: as a component of the config."""
-    parser = _caller(ConfigParser)
+    parser = caller(ConfigParser)
     return {
         name: Setting(parser.get_parsed_content(name), default, repr(parser.get(name)) != repr(default))
-        for name, default in _defaults(parser.get("recipe", "inference"))[1].items()
+        for name, default in _defaults(parser)[1].items()
         if is_knob(name, default)
     }
 
@@ -106,7 +129,7 @@ def check_workflow() -> None:
         Mistake: for another run id, with the workflows that there are.
     """
     show_mistakes()
-    workflow = _caller(ConfigWorkflow)
+    workflow = caller(ConfigWorkflow)
     if workflow is None:  # an application reads the config, and runs nothing
         return
     names = [name for name, steps in workflow.parser.get().items() if _is_workflow(steps)]
@@ -184,16 +207,6 @@ def _is_for_this_rank_to_say() -> bool:
     return signal.sigtimedwait({signal.SIGTERM}, SECONDS_FOR_THE_FIRST_RANK) is None
 
 
-def _caller(kind: type[T]) -> T | None:
-    """Find the parser or workflow whose config is being resolved: its components are not handed it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(caller := frame.f_locals.get("self"), kind):
-            return caller
-        frame = frame.f_back
-    return None
-
-
 def _is_workflow(steps: Any) -> bool:
     first = steps[0] if isinstance(steps, list) and steps else None
     return isinstance(first, dict) and str(first.get("_target_")).endswith(f".{check_knobs.__name__}")
@@ -210,21 +223,11 @@ def _fit_tracking(parser: ConfigParser) -> None:
             parser[f"train::handlers::{place}::output_transform"] = "$lambda output: output['loss']"
 
 
-def _defaults(recipe: str) -> tuple[list[str], dict[str, Any]]:
-    """Name the config files of a recipe, and what they say together."""
-    folder = bundle_root() / "configs"
-    files = [str(folder / name) for name in RECIPES.get(recipe, RECIPES["pretraining"])]
-    return files, ConfigParser.load_config_files(files)
-
-
-def _given() -> set[str]:
-    """Name what stands on the command line, even if it is what the config says anyway."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is monai.bundle.scripts.run.__code__:
-            return set(frame.f_locals["override"])
-        frame = frame.f_back
-    return set()
+def _defaults(recipe: str, folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Name the config files of a recipe, as far as they are there, and what they say together."""
+    files = [folder / name for name in RECIPES.get(recipe, RECIPES["pretraining"])]
+    there = [str(file) for file in files if file.is_file()]
+    return there, ConfigParser.load_config_files(there)
 
 
 def _unknown(name: str, defaults: dict[str, Any], file: str) -> str:

@@ -130,6 +130,7 @@ def build_dataset(
     Raises:
         Mistake: for another ``cache``, ``disk`` without a folder, or more ranks than cases to share.
     """
+    data = [{"case": str(item["image"]), **item} for item in data]  # of an application's list, named by its file
     if shard:
         if len(data) < (ranks := idist.get_world_size()):
             more = "start fewer, or give more volumes (of those to validate on, by --val_fraction)"

@@ -97,7 +97,7 @@ class Index:
         with _lines_behind(self._own_file()) as file:
             for (key, case), line in zip(cases, bar, strict=True):
                 found[key] = line
-                file.write(json.dumps({"case": case["case"], "key": key, **line}) + "\n")
+                file.write(json.dumps({"case": case.get("case"), "key": key, **line}) + "\n")
         return found
 
 

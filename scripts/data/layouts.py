@@ -19,7 +19,7 @@ from .dicom import Remember, is_dicom
 from .reading import SUFFIXES
 from .searching import OTHERS, case_name, cases_of, files_below, longest_suffix, series_cases, sort_out
 
-__all__ = ["read_dataset"]
+__all__ = ["dataset_facts", "label_names", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,26 @@ def read_dataset(
     if contrasts:
         raise Mistake(f"contrasts {contrasts} are chosen in BIDS folders, but {source} is none: leave them out")
     return folds
+
+
+def dataset_facts(dataset_dir: str | Path | None) -> dict[str, Any]:
+    """Read what ``dataset.json`` or a datalist says of a dataset as a whole, such as its ``name`` and ``licence``."""
+    source = Path(str(dataset_dir)).expanduser()
+    file = source / "dataset.json" if source.is_dir() else source
+    content = _read_json(file) if file.suffix == ".json" and file.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def label_names(dataset_dir: str | Path | None, num_labels: int) -> list[str]:
+    """Name the values of label maps, from 0 on: as the dataset does, else ``background``, ``label_1``, ….
+
+    The Decathlon names by number (``{"1": "liver"}``), nnU-Net numbers by name (``{"liver": 1}``).
+    """
+    labels = dataset_facts(dataset_dir).get("labels")
+    pairs = labels.items() if isinstance(labels, dict) else enumerate(labels) if isinstance(labels, list) else ()
+    named = dict((key, name) if str(key).isdecimal() else (name, key) for key, name in pairs)
+    found = {str(number): str(name) for number, name in named.items() if not isinstance(number, list)}
+    return ["background", *(found.get(str(number), f"label_{number}") for number in range(1, num_labels + 1))]
 
 
 # ------------------------------------------------------------------------------------------------- files and folders

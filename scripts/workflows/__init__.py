@@ -5,6 +5,7 @@ from .classification import *
 from .embedding import *
 from .features import *
 from .federated import *
+from .finished import *
 from .planning import *
 from .probe import *
 from .segmentation import *

@@ -4,15 +4,17 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd
+from monai.transforms import Compose
 from torch import nn
 
+from ..engines.inferers import LogitsInferer
 from ..engines.volumes import VolumeEvaluator, VolumeWriter, save_nifti
 
 __all__ = ["FreezeEncoder", "MaskWriter", "PredictMask", "name_cases"]
@@ -59,18 +61,18 @@ class PredictMask:
     """Segment a volume, on the voxels of its file: what a :class:`VolumeEvaluator` does in prediction.
 
     Args:
-        preparation: what was done to the image, to be undone on the label map.
+        postprocessing: turns ``pred``, the logits of ``image``, into its label map.
+        precision, device: of the network; see :class:`~bertswin_mae.engines.AutocastInferer`.
     """
 
-    def __init__(self, preparation: Compose) -> None:
-        self.undo = Invertd("pred", preparation, "image", nearest_interp=True, to_tensor=False)
+    def __init__(self, postprocessing: Compose, precision: str = "fp32", device: str = "cpu") -> None:
+        self.postprocessing, self.window_inferer = postprocessing, LogitsInferer(precision, device)
 
     def __call__(self, evaluator: VolumeEvaluator, item: dict[str, Any]) -> dict[str, Any]:
         """Map an item's ``image`` ``(C, D, H, W)`` to its label map, ``pred`` ``(1, …)``."""
         image = item["image"]
-        logits = evaluator.inferer(image[None].as_tensor(), evaluator.network)[0]
-        labels = MetaTensor(logits.argmax(dim=0, keepdim=True).float(), meta=image.meta)
-        return {"pred": self.undo({"image": image, "pred": labels})["pred"]}
+        logits = evaluator.inferer(image[None].as_tensor(), partial(self.window_inferer, network=evaluator.network))[0]
+        return {"pred": self.postprocessing({"image": image, "pred": MetaTensor(logits, meta=image.meta)})["pred"]}
 
 
 class MaskWriter(VolumeWriter):
