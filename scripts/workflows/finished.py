@@ -95,6 +95,10 @@ class FinishedBundle:
                 (made / "scripts" / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, made / "scripts" / place)
         (made / "large_files.yml").write_text("large_files: []\n")
+        facts = dataset_facts(self.parser["dataset_dir"])
+        licence = facts.get("licence") or facts.get("license") or "not known to this bundle"
+        text = f"The licence of the volumes that it was fine-tuned on, as their datalist says it: {licence}\n"
+        (made / "docs/data_license.txt").write_text(text, encoding="utf-8")
 
     def _write_model(self, made: Path, weights: Path) -> None:
         """Write the weights, and what is said about them."""
@@ -105,11 +109,9 @@ class FinishedBundle:
         epoch, lines = self.validator.state.best_metric_epoch, Path(self.metrics).read_text().splitlines()
         record = next((one for one in map(json.loads, lines) if one["epoch"] == epoch), {})
         scores = {name: value for name, value in record.items() if name.startswith("val_")}
-        facts = dataset_facts(self.parser["dataset_dir"])
-        licence = facts.get("licence") or facts.get("license") or "not known to this bundle"
-        data = f"{self.num_cases['training']} training volumes{' of ' + facts['name'] if facts.get('name') else ''}"
+        name = dataset_facts(self.parser["dataset_dir"]).get("name")
+        data = f"{self.num_cases['training']} training volumes{f' of {name}' if name else ''}"
         _write_json(self._metadata(scores, data), configs / "metadata.json")
-        (made / "docs/data_license.txt").write_text(f"Data: {data}.\nTheir licence, by the datalist: {licence}.\n")
         (made / "docs/README.md").write_text(self._model_card(scores, data), encoding="utf-8")
         files = {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json")}
         ckpt_export("network_def", str(model.with_suffix(".ts")), str(model), **files)
