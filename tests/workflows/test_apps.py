@@ -16,8 +16,8 @@ pytestmark = pytest.mark.apps
 
 # Beside what these tests run on; what a bundle does not use is left out, such as sam2, pydicom-seg and the clients.
 LABEL = """monailabel==0.8.5 torchvision pydantic-settings python-dotenv python-multipart httpx httpcore h11 anyio
-    schedule expiringdict expiring-dict timeloop dicomweb-client retrying pynetdicom pyjwt passlib bcrypt requests-toolbelt
-    scikit-image lazy-loader imageio tifffile shapely ninja watchdog psutil"""
+    schedule expiringdict expiring-dict timeloop dicomweb-client retrying pynetdicom pyjwt passlib bcrypt
+    requests-toolbelt scikit-image lazy-loader imageio tifffile shapely ninja watchdog psutil"""
 DEPLOY = """monai-deploy-app-sdk==4.0.0 monai==1.6.1 holoscan-cu13 holoscan-cli wheel-axle-runtime tritonclient gevent
     geventhttpclient zope.event zope.interface greenlet python-rapidjson colorama typeguard highdicom"""
 
@@ -36,8 +36,9 @@ root = Path(sys.argv[2])
 class Datastore:
     def datalist(self):
         return [{"image": str(path), "label": str(root / "labelsTr" / path.name)} for path in root.glob("imagesTr/*")]
+request = {"model": "bundle", "max_epochs": 1, "device": "cpu", "val_split": 0.3}
 for _ in range(2):
-    BundleTrainTask(sys.argv[1], {})({"model": "bundle", "max_epochs": 1, "device": "cpu", "val_split": 0.3}, Datastore())
+    BundleTrainTask(sys.argv[1], {})(request, Datastore())
 """
 OPERATOR = """
 import sys

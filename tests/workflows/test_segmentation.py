@@ -7,12 +7,13 @@ from functools import partial
 import nibabel as nib
 import numpy as np
 import pytest
+import test_finished
 import torch
 from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, records, started, tiny, trainer, write_volume
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
-from monai.transforms import Compose, Flipd
+from monai.transforms import AsDiscreted, Compose, Flipd, Invertd
 
 from scripts import BertsWinEncoder, parallel
 from scripts.engines import LogitsWindowInferer, VolumeEvaluator
@@ -220,9 +221,7 @@ def test_a_finetuning_without_enough_labels_is_refused(labelled_cohort, cohort, 
 def test_a_volume_that_cannot_be_segmented_does_not_stop_the_others_and_scans_are_not_overwritten(
     labelled_cohort, tmp_path
 ):
-    network = SegmentationNetwork(encoder(), out_channels=2, feature_size=4)
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(network.state_dict(), tmp_path / "checkpoints" / "model.pt")
+    test_finished.finetune(labelled_cohort, tmp_path, iterations_per_epoch=1)
     scans = tmp_path / "scans"
     scans.mkdir()
     good = nib.load(labelled_cohort / "imagesTr" / "0.nii.gz")
@@ -271,7 +270,7 @@ def test_a_label_map_lies_as_its_file_and_a_failure_does_not_end_the_run(tmp_pat
         val_data_loader=list(items()),
         network=torch.nn.Identity(),
         inferer=infer,
-        iteration_update=PredictMask(flip),
+        iteration_update=PredictMask(Compose([AsDiscreted("pred", argmax=True), Invertd("pred", flip, "image")])),
         val_handlers=[MaskWriter(out)],
     )
     with pytest.raises(ValueError, match="3 of 4 volumes could not be segmented") as caught:
