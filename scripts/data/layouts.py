@@ -73,8 +73,8 @@ def label_names(dataset_dir: str | Path | None, num_labels: int) -> list[str]:
     """
     labels = dataset_facts(dataset_dir).get("labels")
     pairs = labels.items() if isinstance(labels, dict) else enumerate(labels) if isinstance(labels, list) else ()
-    named = dict((key, name) if str(key).isdecimal() else (name, key) for key, name in pairs)
-    found = {str(number): str(name) for number, name in named.items() if not isinstance(number, list)}
+    named = ((key, name) if str(key).isdecimal() else (name, key) for key, name in pairs)
+    found = {str(number): str(name) for number, name in named}
     return ["background", *(found.get(str(number), f"label_{number}") for number in range(1, num_labels + 1))]
 
 

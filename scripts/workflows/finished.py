@@ -19,7 +19,7 @@ from ..cli import RECIPES, TRACKING_KNOBS, caller
 from ..data import dataset_facts
 from ..knobs import PATHS, is_expression, is_knob
 from ..mistakes import Mistake
-from ..weights import bundle_root, read_weights, stem_is_strict
+from ..weights import read_weights, stem_is_strict
 
 __all__ = ["FinishedBundle", "predict"]
 
@@ -63,12 +63,12 @@ class FinishedBundle:
         if idist.get_rank() or not weights.is_file():
             return
         self.parser = ConfigParser(deepcopy(self.run.get()))  # what it resolves need not be what the run has built
-        self.defaults = _defaults(self.parser)
+        self.root, self.defaults = _root(self.parser), _defaults(self.parser)
         network = _plain(self.parser.get_parsed_content("network_def", instantiate=False), weights)
         if "scripts.experiments." in json.dumps(network):
             logger.info("no bundle is made of a network that stands for comparison")
             return
-        folder = finished_folder(self.ckpt_dir) if self.template else bundle_root()
+        folder = finished_folder(self.ckpt_dir) if self.template else self.root
         with tempfile.TemporaryDirectory(dir=folder.parent if self.template else folder, prefix=".bundle.") as place:
             made = Path(place) / "bundle"
             for room in ("configs", "docs", "models"):
@@ -86,9 +86,9 @@ class FinishedBundle:
         inference = self._inference_config(network)
         _write_json(inference, made / "configs/inference.json")
         _write_json(self._training_config(inference), made / "configs/train.json")
-        root, package = bundle_root(), Path(__file__).resolve().parents[1]
+        package = Path(__file__).resolve().parents[1]
         for name in ("LICENSE", "requirements.txt", "configs/logging.conf"):
-            shutil.copy(root / name, made / name)
+            shutil.copy(self.root / name, made / name)
         for file in package.rglob("*.py"):
             place = file.relative_to(package)
             if place.parts[0] not in ("bundle", "experiments"):
@@ -162,7 +162,7 @@ class FinishedBundle:
         }
 
     def _metadata(self, scores: dict[str, float], data: str) -> dict[str, Any]:
-        ours = json.loads((bundle_root() / "configs/metadata.json").read_text(encoding="utf-8"))
+        ours = json.loads((self.root / "configs/metadata.json").read_text(encoding="utf-8"))
         value = self.parser.get_parsed_content
         intensity, names = value("intensity", instantiate=False), list(self.channels)
         image = {"num_channels": value("in_chans"), "spatial_shape": value("img_size"), "dtype": "float32"}
@@ -268,18 +268,25 @@ def predict(ckpt_dir: str | Path) -> None:
     workflow.run()
 
 
+def _root(parser: ConfigParser) -> Path:
+    return Path(parser.get_parsed_content("bundle_root"))
+
+
+def _files(parser: ConfigParser) -> list[Path]:
+    return [_root(parser) / "configs" / name for name in RECIPES[parser["recipe"]]]
+
+
 def _defaults(parser: ConfigParser) -> dict[str, Any]:
     """Read the configs of a run's recipe, without what stands on them."""
-    folder = bundle_root() / "configs"
-    return ConfigParser.load_config_files([str(folder / name) for name in RECIPES[parser["recipe"]]])
+    return ConfigParser.load_config_files([str(path) for path in _files(parser)])
 
 
 def _comments(parser: ConfigParser, knobs: Mapping[str, Any]) -> dict[str, str]:
     """Gather what the configs of a recipe say of their knobs."""
     if "_knobs_" in parser:
         return parser["_knobs_"]
-    texts = [(bundle_root() / "configs" / name).read_text(encoding="utf-8") for name in RECIPES[parser["recipe"]]]
-    found = dict(match for text in texts for match in re.findall(r"^(\w+): .*? # (.+)$", text, re.MULTILINE))
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in _files(parser))
+    found = dict(re.findall(r"^(\w+): .*? # (.+)$", texts, re.MULTILINE))
     return {name: found[name] for name in found if name in knobs}
 
 

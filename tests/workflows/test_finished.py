@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import monai.bundle
 import nibabel as nib
@@ -128,7 +129,7 @@ def test_it_is_downloaded_as_a_zip_and_loaded_with_its_weights(folder, tmp_path,
         network = monai.bundle.load(**place, workflow_type=kind, device="cpu")
         assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
     script, metadata, files = load_net_with_metadata(
-        tmp_path / "bundle/models/model.ts", more_extra_files=["inference"]
+        tmp_path / "bundle/models/model.ts", more_extra_files=["inference.json"]
     )
     volume = torch.rand(2, 1, 32, 32, 32)
     with torch.no_grad():
@@ -189,11 +190,13 @@ def test_monai_deploy_infers_with_it(folder, labelled, masks, archive, monkeypat
     monkeypatch.chdir(tmp_path)
     parser, image = ConfigParser(), LoadImage(image_only=True)(labelled / "imagesTr/0.nii.gz")
     if archive:
-        files = load_net_with_metadata(folder / "models/model.ts", more_extra_files=["inference"])[2]
+        files = load_net_with_metadata(folder / "models/model.ts", more_extra_files=["inference.json"])[2]
         parser.read_config(json.loads(files["inference.json"]))
     else:
         parser.read_config(str(folder / "configs/inference.json"))
         monkeypatch.syspath_prepend(str(folder))
+        for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+            monkeypatch.delitem(sys.modules, name)
         assert parser.get_parsed_content("network") is not None
     network = torch.jit.load(folder / "models/model.ts")
     pre, post = (parser.get_parsed_content(name) for name in ("preprocessing", "postprocessing"))
@@ -248,6 +251,14 @@ def test_a_bundle_that_cannot_be_written_leaves_the_earlier_one(labelled, folder
             finetune(labelled, tmp_path / "out", resume=True, spacing=[1.2, 1.3, 1.7])
     assert {path: path.read_bytes() for path in (tmp_path / "out/bundle").rglob("*") if path.is_file()} == before
     assert not list((tmp_path / "out").glob(".bundle.*"))
-    (tmp_path / "out/bundle/configs/train.json").unlink()
-    finetune(labelled, tmp_path / "out", resume=True, spacing=[1.2, 1.3, 1.7])  # with nothing left to do
-    assert {path for path in (tmp_path / "out/bundle").rglob("*") if path.is_file()} == before.keys()
+
+
+def test_a_run_that_has_nothing_left_to_do_writes_its_bundle_again(labelled, folder, tmp_path):
+    shutil.copytree(folder.parent, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/bundle/scripts")
+    (tmp_path / "out/bundle/of_an_earlier_run").touch()
+    finetune(labelled, tmp_path / "out", resume=True, spacing=[1.2, 1.3, 1.7])
+    before, after = (
+        {path.relative_to(place) for path in place.rglob("*")} for place in (folder, tmp_path / "out/bundle")
+    )
+    assert before == after
