@@ -1,10 +1,15 @@
-"""Promises of MONAI Label and MONAI Deploy on a finished bundle, each installed in an environment of its own."""
+"""Promises of MONAI Label and MONAI Deploy on a finished bundle, each installed in an environment of its own.
+
+With APPS=FOLDER the environments stay there for the next run. torchvision must fit torch: with a torch for CPUs,
+install that of https://download.pytorch.org/whl/cpu there.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -15,8 +20,8 @@ from test_finished import agreement, folder, labelled, masks  # noqa: F401 (fixt
 pytestmark = pytest.mark.apps
 
 # Beside what these tests run on; what a bundle does not use is left out, such as sam2, pydicom-seg and the clients.
-LABEL = """monailabel==0.8.5 torchvision pydantic-settings python-dotenv python-multipart httpx httpcore h11 anyio
-    schedule expiringdict expiring-dict timeloop dicomweb-client retrying pynetdicom pyjwt passlib bcrypt
+LABEL = """monailabel==0.8.5 torchvision==0.28.0 pydantic-settings python-dotenv python-multipart httpx httpcore h11
+    anyio schedule expiringdict expiring-dict timeloop dicomweb-client retrying pynetdicom pyjwt passlib bcrypt
     requests-toolbelt scikit-image lazy-loader imageio tifffile shapely ninja watchdog psutil"""
 DEPLOY = """monai-deploy-app-sdk==4.0.0 monai==1.6.1 holoscan-cu13 holoscan-cli wheel-axle-runtime tritonclient gevent
     geventhttpclient zope.event zope.interface greenlet python-rapidjson colorama typeguard highdicom"""
@@ -68,12 +73,13 @@ operator.compute(Port(), Port(), None)
 
 
 def environment(place, packages):
-    """Make an environment with some packages on top of this one's."""
-    subprocess.run([sys.executable, "-m", "venv", place], check=True)  # noqa: S603
-    (site,) = place.glob("lib/*/site-packages")
-    (site / "base.pth").write_text(sysconfig.get_path("purelib"))
-    install = [place / "bin/pip", "install", "-q", "--no-deps", "--ignore-installed", *packages.split()]
-    subprocess.run(install, check=True)  # noqa: S603
+    """Make an environment with some packages on top of this one's, if it is not there."""
+    if not place.exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)  # noqa: S603
+        (site,) = place.glob("lib/*/site-packages")
+        (site / "base.pth").write_text(sysconfig.get_path("purelib"))
+        install = [place / "bin/pip", "install", "-q", "--no-deps", "--ignore-installed", *packages.split()]
+        subprocess.run(install, check=True)  # noqa: S603
 
     def python(code, *arguments):
         ended = subprocess.run(  # noqa: S603
@@ -86,7 +92,7 @@ def environment(place, packages):
 
 
 def test_monai_label_infers_and_trains(folder, labelled, masks, tmp_path):  # noqa: F811
-    python = environment(tmp_path / "label", LABEL)
+    python = environment(Path(os.environ.get("APPS", tmp_path)) / "label", LABEL)
     bundle = shutil.copytree(folder, tmp_path / "bundle")
     python(INFER, bundle, labelled / "imagesTr/0.nii.gz", tmp_path / "found.nii.gz")
     assert agreement(nib.load(tmp_path / "found.nii.gz").dataobj, masks / "0.nii.gz") >= 0.999
@@ -96,7 +102,7 @@ def test_monai_label_infers_and_trains(folder, labelled, masks, tmp_path):  # no
 
 
 def test_monai_deploy_infers(folder, labelled, masks, tmp_path):  # noqa: F811
-    python = environment(tmp_path / "deploy", DEPLOY)
+    python = environment(Path(os.environ.get("APPS", tmp_path)) / "deploy", DEPLOY)
     for bundle in (folder, folder / "models/model.ts"):
         python(OPERATOR, bundle, labelled / "imagesTr/0.nii.gz", tmp_path / "found.npy")
         assert agreement(np.load(tmp_path / "found.npy"), masks / "0.nii.gz") >= 0.999
