@@ -24,7 +24,8 @@ LABEL = """monailabel==0.8.5 torchvision==0.28.0 pydantic-settings python-dotenv
     anyio schedule expiringdict expiring-dict timeloop dicomweb-client retrying pynetdicom pyjwt passlib bcrypt
     requests-toolbelt scikit-image lazy-loader imageio tifffile shapely ninja watchdog psutil"""
 DEPLOY = """monai-deploy-app-sdk==4.0.0 monai==1.6.1 holoscan-cu13 holoscan-cli wheel-axle-runtime tritonclient gevent
-    geventhttpclient zope.event zope.interface greenlet python-rapidjson colorama typeguard highdicom"""
+    geventhttpclient zope.event zope.interface greenlet brotli python-rapidjson colorama typeguard
+    highdicom pyjpegls pillow-jpls"""
 
 INFER = """
 import shutil, sys
