@@ -171,7 +171,8 @@ def test_monai_label_infers_with_it(folder, labelled, masks, monkeypatch, tmp_pa
     parser.config.update({"bundle_root": str(folder)})
     network = parser.get_parsed_content("network_def")
     network.load_state_dict(torch.load(folder / "models/model.pt", weights_only=True))
-    data = {"image": str(labelled / "imagesTr/0.nii.gz"), "device": "cpu"}
+    path = str(labelled / "imagesTr/0.nii.gz")
+    data = {"image": path, "image_path": path, "device": "cpu"}  # Spacingd would take the latter for metadata
     for transform in parser.get_parsed_content("preprocessing").transforms:
         if isinstance(transform, LoadImaged):
             transform._loader.image_only = False
