@@ -132,6 +132,7 @@ class FinishedBundle:
         defaults = {name: value for name, value in self.defaults.items() if is_knob(name, value)}
         knobs = {n: self.parser.get_parsed_content(n) for n, value in defaults.items() if not is_expression(value)}
         handlers = [handler for handler in config["train"]["handlers"] if handler["_target_"] != "MLFlowHandler"]
+        config["train"]["handlers"] = handlers
         for handler in handlers:
             if handler["_target_"].endswith(f".{type(self).__name__}"):
                 handler["template"] = None
@@ -155,7 +156,7 @@ class FinishedBundle:
             "validate_first": True,  # what comes out is never worse than what was there
             "freeze_epochs": 0,
             "warmup_epochs": 0,
-            "learning_rate": knobs["encoder_learning_rate"],
+            "learning_rate": knobs.get("encoder_learning_rate", knobs["learning_rate"]),
             "channels": list(self.channels),
             "model": {"_target_": "scripts.weights.fill", "network": "@network_def", "weights": "@pretrained"},
             "initialize": inference["initialize"][:1],
@@ -163,45 +164,34 @@ class FinishedBundle:
 
     def _metadata(self, scores: dict[str, float], data: str) -> dict[str, Any]:
         ours = json.loads((self.root / "configs/metadata.json").read_text(encoding="utf-8"))
-        value = self.parser.get_parsed_content
-        intensity, names = value("intensity", instantiate=False), list(self.channels)
-        image = {"num_channels": value("in_chans"), "spatial_shape": value("img_size"), "dtype": "float32"}
-        image |= {"is_patch_data": True}
-        low = intensity["background"]
+        origin = {"version": "0.1.0", "changelog": {"0.1.0": f"fine-tuned by {ours['name']} {ours['version']}"}}
+        task, modality = self.about["task"], self.parser.get_parsed_content("modality").upper()
         return {
             **{name: ours[name] for name in KEPT},
-            "version": "0.1.0",
-            "changelog": {"0.1.0": f"fine-tuned by {ours['name']} {ours['version']}"},
+            **(origin if self.template else {name: ours[name] for name in origin}),
             "supported_apps": {},
-            "name": self.about["task"],
-            "task": self.about["task"],
-            "description": f"{self.about['task']} of {value('modality').upper()} volumes: {', '.join(names)}",
+            "name": task,
+            "task": task,
+            "description": f"{task} of {modality} volumes: {', '.join(self.channels)}",
             "authors": "whoever fine-tuned it",
             "copyright": "Code: Apache-2.0. Weights: see docs/data_license.txt",
             "data_source": data,
             "eval_metrics": scores,
             "intended_use": ours["intended_use"],
             "references": ours["references"][:1],
-            "network_data_format": {
-                "inputs": {
-                    "image": {
-                        **image,
-                        **{"type": "image", "format": "magnitude", "modality": value("modality").upper()},
-                        "value_range": [low, round(low + intensity["data_range"], 4)],
-                        "channel_def": {str(channel): "image" for channel in range(image["num_channels"])},
-                    }
-                },
-                "outputs": {
-                    "pred": {
-                        **image,
-                        **{"type": self.about["type"], "format": self.about["format"]},
-                        "num_channels": len(names),
-                        "value_range": [],
-                        "channel_def": {str(channel): name for channel, name in enumerate(names)},
-                    }
-                },
-            },
+            "network_data_format": self._data_format(modality),
         }
+
+    def _data_format(self, modality: str) -> dict[str, Any]:
+        value = self.parser.get_parsed_content
+        low, width = (value("intensity", instantiate=False)[name] for name in ("background", "data_range"))
+        window = {"spatial_shape": value("img_size"), "dtype": "float32", "is_patch_data": True}
+        image = {"type": "image", "format": "magnitude", "modality": modality, "num_channels": value("in_chans")}
+        image |= {"value_range": [low, round(low + width, 4)]}
+        image |= {"channel_def": {str(channel): "image" for channel in range(value("in_chans"))}}
+        pred = {"type": self.about["type"], "format": self.about["format"], "num_channels": len(self.channels)}
+        pred |= {"value_range": [], "channel_def": {str(place): name for place, name in enumerate(self.channels)}}
+        return {"inputs": {"image": image | window}, "outputs": {"pred": pred | window}}
 
     def _model_card(self, scores: dict[str, float], data: str) -> str:
         value = self.parser.get_parsed_content
