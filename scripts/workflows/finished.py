@@ -15,7 +15,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ckpt_export
 
-from ..cli import RECIPES, TRACKING_KNOBS, caller
+from ..cli import RECIPES, TRACKING_KNOBS, caller, overridden
 from ..data import dataset_facts
 from ..knobs import PATHS, is_expression, is_knob
 from ..mistakes import Mistake
@@ -120,7 +120,9 @@ class FinishedBundle:
         """Complete the template with this run's knobs; paths and the device are the next user's."""
         template = ConfigParser.load_config_file(self.template)
         names = [
-            name for name in template["_knobs_"] if name in self.defaults.keys() - {*PATHS, "bundle_root", "device"}
+            name
+            for name in template["_knobs_"]
+            if name in self.defaults.keys() - {*PATHS, "bundle_root", "device", "pretrained"}
         ]
         intensity = _plain(self.parser.get_parsed_content("intensity", instantiate=False))
         knobs = {name: self.parser.get_parsed_content(name) for name in names}
@@ -133,6 +135,7 @@ class FinishedBundle:
         knobs = {n: self.parser.get_parsed_content(n) for n, value in defaults.items() if not is_expression(value)}
         handlers = [handler for handler in config["train"]["handlers"] if handler["_target_"] != "MLFlowHandler"]
         config["train"]["handlers"] = handlers
+        config["cases"]["dataset_dir"] = "@dataset_dir"  # no sample stands in for it
         for handler in handlers:
             if handler["_target_"].endswith(f".{type(self).__name__}"):
                 handler["template"] = None
@@ -244,11 +247,12 @@ def predict(ckpt_dir: str | Path) -> None:
             f"there is no {config}: --ckpt_dir must be the checkpoints of a fine-tuning that has ended. One that was "
             "stopped writes it when it ends, after --resume true"
         )
-    theirs, defaults = ConfigParser.load_config_file(config), _defaults(parser)
+    theirs, defaults, chosen = ConfigParser.load_config_file(config), _defaults(parser), overridden()
     given = {
         name: parser.get_parsed_content(name)
         for name in theirs["_knobs_"]
-        if name in parser and name != "bundle_root" and (parser[name] != defaults[name] or name == "output_dir")
+        if name in defaults and name not in ("bundle_root", "pretrained")
+        if name in (*chosen, "output_dir") or parser[name] != defaults[name]
     }
     for name in FIXED:
         if given.pop(name, theirs[name]) != theirs[name]:
