@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 # The configs of each recipe. Their top-level names are the knobs, the types of their plain values the valid types.
 RECIPES = {
     "inference": ("inference.json",),
-    "continued": ("train.json",),  # of a finished bundle
     "pretraining": ("train.yaml",),
     "conductor": ("train.yaml", "train_conductor.yaml"),
     "stem_tuning": ("train.yaml", "tune_stem.yaml"),
@@ -41,6 +40,7 @@ RECIPES = {
     "classification": ("train.yaml", "finetune_classification.yaml"),
     "probe": ("train.yaml", "probe.yaml"),
 }
+CONTINUED = {"continued": ("train.json",)}  # of a finished bundle
 PRETRAINING = ("pretraining", "conductor")  # what they start from may be of another size and spacing
 # What `--tracking mlflow` adds to a config.
 TRACKING_KNOBS = {
@@ -225,7 +225,7 @@ def _fit_tracking(parser: ConfigParser) -> None:
 
 def _defaults(recipe: str, folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Name the config files of a recipe, as far as they are there, and what they say together."""
-    files = [folder / name for name in RECIPES.get(recipe, RECIPES["pretraining"])]
+    files = [folder / name for name in (RECIPES | CONTINUED).get(recipe, RECIPES["pretraining"])]
     there = [str(file) for file in files if file.is_file()]
     return there, ConfigParser.load_config_files(there)
 

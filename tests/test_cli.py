@@ -85,7 +85,7 @@ def test_a_folder_that_is_read_only_is_named_in_one_line(knobs, tmp_path, cohort
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("run_id", "stack"),
-    [("train", "pretraining"), ("losses", "probe"), ("predict", "segmentation"), ("network", "inference")],
+    [("train", "pretraining"), ("losses", "probe"), ("validate", "segmentation"), ("network", "inference")],
 )
 def test_what_is_no_workflow_ends_in_one_line_from_any_directory(run_id, stack, tmp_path):
     configs, workflows = STACKS[stack]

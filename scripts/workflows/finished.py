@@ -15,7 +15,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ckpt_export
 
-from ..cli import RECIPES, TRACKING_KNOBS, caller, overridden
+from ..cli import CONTINUED, RECIPES, TRACKING_KNOBS, caller, overridden
 from ..data import dataset_facts
 from ..knobs import PATHS, is_expression, is_knob
 from ..mistakes import Mistake
@@ -267,7 +267,7 @@ def _root(parser: ConfigParser) -> Path:
 
 
 def _files(parser: ConfigParser) -> list[Path]:
-    return [_root(parser) / "configs" / name for name in RECIPES[parser["recipe"]]]
+    return [_root(parser) / "configs" / name for name in (RECIPES | CONTINUED)[parser["recipe"]]]
 
 
 def _defaults(parser: ConfigParser) -> dict[str, Any]:
