@@ -24,7 +24,16 @@ from .knobs import RENAMED, is_expression, is_knob, read
 from .mistakes import Mistake, causes, likely, reason
 from .weights import CARRIED, carried_knobs
 
-__all__ = ["as_written", "caller", "check_knobs", "check_run", "check_workflow", "overridden", "settings"]
+__all__ = [
+    "as_published",
+    "as_written",
+    "caller",
+    "check_knobs",
+    "check_run",
+    "check_workflow",
+    "overridden",
+    "settings",
+]
 __all__ += ["show_mistakes"]
 
 T = TypeVar("T")
@@ -81,9 +90,12 @@ def check_knobs(weights: str = "pretrained") -> None:
         raise RuntimeError("check_knobs works inside a MONAI bundle config only")
     _fit_tracking(parser)
     given, recipe = overridden() - TRACKING_KNOBS, parser.get("recipe", "inference")
-    folder = Path(parser.get_parsed_content("bundle_root")) / "configs"  # which may be a finished bundle's
-    files, defaults = _defaults(recipe, folder)
-    passed = {"_meta_", *TRACKING_KNOBS, *_defaults("pretraining", folder)[1]}  # an overlay may serve several workflows
+    files, defaults = as_published(parser, recipe)
+    passed = {
+        "_meta_",
+        *TRACKING_KNOBS,
+        *as_published(parser, "pretraining")[1],
+    }  # an overlay may serve several workflows
     changes = {}
     for name, value in parser.get().items():
         if name in defaults:
@@ -105,6 +117,14 @@ def overridden() -> set[str]:
     return set()
 
 
+def as_published(parser: ConfigParser, recipe: str | None = None) -> tuple[list[str], dict[str, Any]]:
+    """Name the configs of a recipe, as far as they are there, and what they say together; default: that of the run."""
+    folder = Path(parser.get_parsed_content("bundle_root")) / "configs"  # which may be a finished bundle's
+    names = (RECIPES | CONTINUED).get(recipe or parser.get("recipe", "inference"), RECIPES["pretraining"])
+    files = [str(folder / name) for name in names if (folder / name).is_file()]
+    return files, ConfigParser.load_config_files(files)
+
+
 def as_written(name: str) -> Any:
     """Return an entry of the config as it is written, none of its components built."""
     return caller(ConfigParser)[name]
@@ -115,7 +135,7 @@ def settings() -> dict[str, Setting]:
     parser = caller(ConfigParser)
     return {
         name: Setting(parser.get_parsed_content(name), default, repr(parser.get(name)) != repr(default))
-        for name, default in _defaults(parser)[1].items()
+        for name, default in as_published(parser)[1].items()
         if is_knob(name, default)
     }
 
@@ -221,13 +241,6 @@ def _fit_tracking(parser: ConfigParser) -> None:
     for place, handler in enumerate(parser.get("train", {}).get("handlers", [])):
         if isinstance(handler, dict) and handler.get("_target_") == "MLFlowHandler":
             parser[f"train::handlers::{place}::output_transform"] = "$lambda output: output['loss']"
-
-
-def _defaults(recipe: str, folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Name the config files of a recipe, as far as they are there, and what they say together."""
-    files = [folder / name for name in (RECIPES | CONTINUED).get(recipe, RECIPES["pretraining"])]
-    there = [str(file) for file in files if file.is_file()]
-    return there, ConfigParser.load_config_files(there)
 
 
 def _unknown(name: str, defaults: dict[str, Any], file: str) -> str:

@@ -15,7 +15,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ckpt_export
 
-from ..cli import CONTINUED, RECIPES, TRACKING_KNOBS, caller, overridden
+from ..cli import TRACKING_KNOBS, as_published, caller, overridden
 from ..data import dataset_facts
 from ..knobs import PATHS, is_expression, is_knob
 from ..mistakes import Mistake
@@ -63,7 +63,8 @@ class FinishedBundle:
         if idist.get_rank() or not weights.is_file():
             return
         self.parser = ConfigParser(deepcopy(self.run.get()))  # what it resolves need not be what the run has built
-        self.root, self.defaults = _root(self.parser), _defaults(self.parser)
+        self.root = Path(self.parser.get_parsed_content("bundle_root"))
+        self.files, self.defaults = as_published(self.parser)
         network = _plain(self.parser.get_parsed_content("network_def", instantiate=False), weights)
         if "scripts.experiments." in json.dumps(network):
             logger.info("no bundle is made of a network that stands for comparison")
@@ -143,7 +144,7 @@ class FinishedBundle:
         imports = [*dict.fromkeys((*config["imports"], *inference["imports"], "$import time"))]
         names = [name for name, steps in config.items() if steps == config["training"]]
         return {
-            "_knobs_": _comments(self.parser, defaults),
+            "_knobs_": _comments(self.files, defaults),
             **config,
             **knobs,
             **{name: defaults[name] for name in PATHS if name in defaults},
@@ -247,7 +248,7 @@ def predict(ckpt_dir: str | Path) -> None:
             f"there is no {config}: --ckpt_dir must be the checkpoints of a fine-tuning that has ended. One that was "
             "stopped writes it when it ends, after --resume true"
         )
-    theirs, defaults, chosen = ConfigParser.load_config_file(config), _defaults(parser), overridden()
+    theirs, defaults, chosen = ConfigParser.load_config_file(config), as_published(parser)[1], overridden()
     given = {
         name: parser.get_parsed_content(name)
         for name in theirs["_knobs_"]
@@ -262,24 +263,9 @@ def predict(ckpt_dir: str | Path) -> None:
     workflow.run()
 
 
-def _root(parser: ConfigParser) -> Path:
-    return Path(parser.get_parsed_content("bundle_root"))
-
-
-def _files(parser: ConfigParser) -> list[Path]:
-    return [_root(parser) / "configs" / name for name in (RECIPES | CONTINUED)[parser["recipe"]]]
-
-
-def _defaults(parser: ConfigParser) -> dict[str, Any]:
-    """Read the configs of a run's recipe, without what stands on them."""
-    return ConfigParser.load_config_files([str(path) for path in _files(parser)])
-
-
-def _comments(parser: ConfigParser, knobs: Mapping[str, Any]) -> dict[str, str]:
-    """Gather what the configs of a recipe say of their knobs."""
-    if "_knobs_" in parser:
-        return parser["_knobs_"]
-    texts = "\n".join(path.read_text(encoding="utf-8") for path in _files(parser))
+def _comments(files: Sequence[str], knobs: Mapping[str, Any]) -> dict[str, str]:
+    """Gather what configs say of their knobs."""
+    texts = "\n".join(Path(file).read_text(encoding="utf-8") for file in files)
     found = dict(re.findall(r"^(\w+): .*? # (.+)$", texts, re.MULTILINE))
     return {name: found[name] for name in found if name in knobs}
 
