@@ -323,7 +323,7 @@ def _last_figure(folder: Path) -> list[Element]:
 
 
 def _names(fold: str, cases: Sequence[Case]) -> Element:
-    names = element("ul", *(element("li", case["case"]) for case in cases[:LISTED]))
+    names = element("ul", *(element("li", case.get("case") or str(case["image"])) for case in cases[:LISTED]))
     return details(f"Names of those for {fold}", names, *_more(len(cases)))
 
 

@@ -230,6 +230,7 @@ def test_monai_label_trains_it_further_with_its_own_lists_again_and_again(folder
             run_id="run", meta_file=str(place / "configs/metadata.json"), config_file=str(place / "configs/train.json"),
             **overrides, output_dir=str(output_dir),
         )  # fmt: skip
+    assert str(items[0]["image"]) in (place / "runs/2/report.html").read_text()
     after = {path: path.read_bytes() for path in place.rglob("*") if "runs" not in path.parts and path.is_file()}
     changed = {path.relative_to(place).as_posix() for path in before if after[path] != before[path]}
     assert after.keys() == before.keys()
