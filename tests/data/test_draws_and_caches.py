@@ -212,7 +212,7 @@ def _ramp(_):
 @pytest.mark.parametrize("modality", ["mr", "ct"])
 def test_draws_leave_what_the_cache_keeps_as_it_was(modality, tmp_path):
     for number in range(3):
-        write_volume(tmp_path / "scans" / f"{number}.nii.gz", seed=number, low=-1000.0)
+        write_volume(tmp_path / "scans" / f"{number}.nii.gz", seed=number, low=-1000.0 if modality == "ct" else 0.0)
     knobs = TINY_KNOBS | {
         "dataset_dir": str(tmp_path / "scans"),
         "output_dir": str(tmp_path / "out"),
