@@ -22,7 +22,7 @@ from . import parallel
 from .handlers import TRAINING_STATE, Setting, WarningLog, end_when_preempted
 from .knobs import RENAMED, is_expression, is_knob, read
 from .mistakes import Mistake, causes, likely, reason
-from .weights import CARRIED, carried_knobs
+from .weights import CARRIED, carried_knobs, read_record, recorded
 
 __all__ = [
     "as_published",
@@ -266,7 +266,9 @@ def _carried(parser: ConfigParser, recipe: str, own: dict[str, Any], given: set[
         if name in CARRIED and is_expression(value):
             config[name] = parser.get_parsed_content(name)
     if recipe in PRETRAINING:
-        own = {name: own[name] for name in ("modality", "in_chans")}
+        own = {name: own[name] for name in ("modality", "in_chans", "intensities")}
+    elif not recorded(read_record(path), "preprocessing") and Path(path).is_file():
+        logger.warning("nothing beside %s says how it was trained: modality, spacing and the like are this run's", path)
     changes = carried_knobs(path, config, own, given, with_head=weights != "pretrained")
     if changes:
         values = (f"{name} {'null' if value is None else value}" for name, value in changes.items() if name in CARRIED)

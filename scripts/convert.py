@@ -49,8 +49,7 @@ def from_authors(source: str, target: str, config_file: str | Sequence[str] = CO
         raise Mistake(f"{source} holds a {type(content).__name__}, not weights by name")
     converted = weights.convert_reference_state_dict(content.get("model_state_dict", content))
     network = _filled(_network(config_file, knobs), converted, source)
-    weights.write_record({"format": 1, "network": network.settings}, target)
-    weights.save(network.state_dict(), target)
+    _save(network.state_dict(), {"format": 1, "network": network.settings}, target)
     print(f"wrote {target}")
 
 
@@ -71,10 +70,9 @@ def widen(source: str, target: str, in_chans: int, spread: str) -> None:
     all to the first one; see :func:`~bertswin_mae.weights.widen`.
     """
     wide = weights.widen(weights.read_weights(source), in_chans, spread)
-    if record := weights.read_record(source):
-        network = weights.recorded(record, "network") | {"in_chans": in_chans}
-        weights.write_record(record | {"network": network}, target)
-    weights.save(wide, target)
+    record = weights.read_record(source)
+    network = weights.recorded(record, "network") | {"in_chans": in_chans}
+    _save(wide, record and record | {"network": network}, target)
     print(f"wrote {target}: {in_chans} channels, spread by {spread}")
 
 
@@ -82,9 +80,18 @@ def to_safetensors(source: str, target: str) -> None:
     """Write flat weights as ``.safetensors``, for publishing, with what they carry in its head."""
     if Path(target).suffix != ".safetensors":
         raise Mistake(f"{target} must end in .safetensors")
-    head = {"record": json.dumps(weights.read_record(source))}
-    weights.save(weights.read_weights(source), target, head=head)
+    _save(weights.read_weights(source), weights.read_record(source), target)
     print(f"wrote {target}")
+
+
+def _save(state_dict: dict[str, Tensor], record: dict[str, Any], target: str) -> None:
+    """Write weights with what they carry: in the head of a .safetensors, else as JSON beside them."""
+    if Path(target).suffix == ".safetensors":
+        weights.save(state_dict, target, head={"record": json.dumps(record)})
+        return
+    weights.save(state_dict, target)
+    if record:
+        weights.write_record(record, target)
 
 
 def _filled(network: BertsWinMAE, state_dict: Mapping[str, Tensor], source: str) -> BertsWinMAE:

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "bertswin_mae"
 # What a user of the bundle needs, and nothing else is ever published: no volumes, lists of them, archives, or keys.
 PUBLISHED = (
-    *("configs/*.yaml", "configs/*.json", "configs/logging.conf"),
+    *("configs/*.yaml", "configs/inference.json", "configs/metadata.json", "configs/finished_*.json"),
+    "configs/logging.conf",
     *("docs/*.md", "docs/data_license.txt", "docs/figures/*.png", "models/*.pt", "models/*.json"),
     *("scripts/*.py", "scripts/*/*.py", "scripts/*/*/*.py"),
     *("CITATION.cff", "LICENSE", "README.md", "large_files.yml", "pyproject.toml", "requirements.txt", "setup.py"),

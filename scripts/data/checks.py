@@ -218,9 +218,9 @@ def _channel_problem(facts: Facts, modality: str) -> str | None:
         return f"is constant: every voxel is {facts['min']:g}"
     if modality == "ct" and (problem := _hounsfield_problem(facts)):
         return problem
-    air = [value for value in (facts["percentiles"][1], facts["seen"][1]) if _is_air(value)]
-    if modality == "mr" and air and facts["seen"][-2] < CT_TISSUE_BELOW_HU:
-        what = f"is a CT by its values (air at {air[0]:.0f} HU), where modality is mr"
+    # Beside padding, as an MR may be padded with such a value too.
+    if modality == "mr" and _is_air(facts["seen"][1]) and facts["seen"][-2] < CT_TISSUE_BELOW_HU:
+        what = f"is a CT by its values (air at {facts['seen'][1]:.0f} HU), where modality is mr"
         return f"{what}: use --modality ct, and weights of CT"
     if values := facts.get("values"):
         return f"looks like a label map: its only values are {', '.join(f'{value:g}' for value in values)}"

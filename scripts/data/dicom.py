@@ -97,11 +97,13 @@ def _headers(files: Sequence[Path]) -> list[Header | str | None]:
 def _header(path: Path) -> Header | str | None:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=HEADER)
-    except (InvalidDicomError, OSError, EOFError, KeyError, ValueError):
+        if why := _passed_over(header):
+            return why
+        place = [_along_normal(header) or 0.0, float(header.get("InstanceNumber") or 0)]
+    except (InvalidDicomError, OSError, EOFError, KeyError, TypeError, ValueError):  # pydicom reads values when asked
         return None
     names = {"uid": "SeriesInstanceUID", "modality": "Modality", "patient": "PatientID", "study": "StudyInstanceUID"}
-    place = [_along_normal(header) or 0.0, float(header.get("InstanceNumber") or 0)]
-    return _passed_over(header) or {key: str(header.get(tag, "")) for key, tag in names.items()} | {"place": place}
+    return {key: str(header.get(tag, "")) for key, tag in names.items()} | {"place": place}
 
 
 def read_series(files: Path | Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:

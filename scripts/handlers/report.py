@@ -39,6 +39,8 @@ TITLES = {
     "conductor": "Pre-training with the GradientConductor",
     "stem_tuning": "Stem tuning",
     "segmentation": "Fine-tuning for segmentation",
+    "classification": "Fine-tuning for classification or regression",
+    "continued": "Fine-tuning, continued",
     "inference": "Features",
 }
 MEANINGS = {
@@ -48,17 +50,22 @@ MEANINGS = {
     "learning_rate": "at the start of an epoch",
     "structural": "the structural loss, whatever is trained: to compare runs",
     "mse": "squared error on hidden voxels",
-    "mae": "absolute error on hidden voxels",
+    "mae": "absolute error, on hidden voxels or of the number that is predicted",
     "psnr": "peak signal-to-noise ratio on hidden voxels, dB: more is better",
     "ssim": "structural similarity on hidden voxels: 1 is perfect",
     "dice": "overlap with the label maps: 1 is perfect",
     "hausdorff": "95th percentile of the distance between surfaces, voxels: 0 is perfect",
+    "auroc": "chance that a case of a class scores above one of another: 0.5 is guessing, 1 is perfect",
+    "accuracy": "share of the cases whose class is told right",
+    "balanced_accuracy": "the same, each class counting alike",
+    "calibration_error": "how far the stated probabilities are from the shares that came true: 0 is perfect",
+    "r2": "share of the variance that is explained: 1 is perfect",
     "feature_cosine": "likeness of a whole volume's features to those of patch mode: 1 is the same",
     "volumetric": "squared error of whole volumes, rebuilt",
     "patch_mode": "squared error of the network that was not tuned, in patch mode: the goal",
 }
 FOLDS = {"train": "training", "val": "validation", "": ""}
-FIRST = ("loss", "objective", "dice", "unexplained", "feature_cosine", "hausdorff", "learning_rate")
+FIRST = ("loss", "objective", "dice", "auroc", "r2", "unexplained", "feature_cosine", "hausdorff", "learning_rate")
 
 
 class Setting(NamedTuple):

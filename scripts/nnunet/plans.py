@@ -13,7 +13,7 @@ from monai.optimizers import WarmupCosineSchedule, generate_param_groups
 from ..knobs import read
 from ..mistakes import Mistake
 from ..networks import BertsWinEncoder, SegmentationNetwork
-from ..weights import bundle_root, fill, read_weights, stem_is_strict
+from ..weights import bundle_root, fill, read_record, read_weights, recorded, stem_is_strict
 from ..weights.checkpoints import named_after
 
 __all__ = ["build_network", "make_plans", "start_training", "trainer_folder", "training_settings", "write_plans"]
@@ -205,8 +205,7 @@ def _choose_knobs(pretrained: str | None, overlays: Sequence[str], given: Mappin
     parser.read_config([*(str(bundle_root() / "configs" / config) for config in CONFIGS), *map(str, overlays)])
     defaults = parser.get()
     knobs = {knob: parser.get_parsed_content(knob) for knob in KNOBS} | {"batch_size": None}
-    recorded = _recorded(pretrained)
-    for knob, value in (recorded | given).items():
+    for knob, value in (_recorded(pretrained) | given).items():
         knobs[knob] = read(knob, value, defaults[knob])
     if pretrained is not None:
         knobs["strict_stem"] = stem_is_strict(read_weights(pretrained), pretrained, given.get("strict_stem"))
@@ -216,15 +215,8 @@ def _choose_knobs(pretrained: str | None, overlays: Sequence[str], given: Mappin
 
 
 def _recorded(pretrained: str | None) -> dict[str, Any]:
-    """Read what the JSON beside some weights says of the knobs: nothing, where there is none."""
-    try:
-        record = json.loads(Path(pretrained or "").with_suffix(".json").read_text(encoding="utf-8"))
-        entries = {**record.get("preprocessing", {}), **record.get("network", {})}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-    entries.setdefault("encoder_depth", entries.get("encoder_depths"))  # as the network's argument is called
-    for name in ("encoder_depth", "encoder_num_heads"):
-        if isinstance(entries.get(name), list):
-            entries[name] = entries[name][0]
+    """Tell what some weights carry of the knobs: nothing, where that is not known."""
+    record = read_record(pretrained)
+    entries = {**recorded(record, "preprocessing"), **recorded(record, "network")}
     kept = (*ENCODER_KNOBS, "modality", "spacing")
     return {knob: value for knob, value in entries.items() if knob in kept and (value is not None or knob == "spacing")}

@@ -171,6 +171,8 @@ class ScoresWriter:
             return
         targets, folder = self.scores.targets, Path(self.output_dir)
         predicted, true = self.scores.predictions()
+        if not np.isfinite(predicted).all():  # the recorder says that the training has diverged
+            return
         truths = [targets.classes[int(value)] if targets.classes else f"{value:.6g}" for value in true]
         cases = [case["case"] for case in targets.validation]
         rows = [

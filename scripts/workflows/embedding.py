@@ -164,7 +164,8 @@ def _find(source: str | Path | None) -> Path:
 
 def _download(repo: str) -> Path:
     """Fetch the weights of a repository on Hugging Face, and what they carry, or find them where they were fetched."""
-    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
+    is_path = repo.startswith(("/", ".", "~")) or repo.endswith((".pt", ".safetensors"))
+    if repo.count("/") != 1 or is_path or Path(repo).parent.exists():
         raise Mistake(f"there is no file or folder {repo}")
     try:
         from huggingface_hub import snapshot_download
@@ -172,7 +173,7 @@ def _download(repo: str) -> Path:
         raise Mistake(
             f"there is no file or folder {repo}; if it is on Hugging Face, pip install huggingface_hub first"
         ) from error
-    logger.info("there is no file or folder %s: looking on Hugging Face", repo)
+    logger.warning("there is no file or folder %s: looking on Hugging Face", repo)
     try:
         return Path(snapshot_download(repo, allow_patterns=PATTERNS))
     except Exception as error:  # of the network, of the hub, of the name

@@ -242,6 +242,8 @@ def predict(ckpt_dir: str | Path) -> None:
     Raises:
         Mistake: when there is no such bundle, or it was fine-tuned with another value of a knob that is part of it.
     """
+    if "pretrained" in overridden():
+        raise Mistake("a prediction takes the weights of the fine-tuning that --ckpt_dir names: leave pretrained out")
     parser, config = caller(ConfigParser), finished_folder(ckpt_dir) / "configs/inference.json"
     if not config.is_file():
         raise Mistake(

@@ -197,3 +197,16 @@ def test_headers_are_read_once_and_again_in_a_folder_that_changed(tmp_path, monk
     assert {path.parent.name for path in read} == {"p1"}
     index = Index(tmp_path / "index.jsonl")
     assert [facts["shape"] for facts in index.describe(first["training"])] == [[1, 8, 9, 4]] * 3
+
+
+def test_a_header_with_a_number_that_is_none_is_of_a_slice_that_cannot_be_read(tmp_path):
+    folder = write(tmp_path / "series", slices_of(np.zeros((8, 9, 4), int)))
+    broken = folder / "0.dcm"
+    content = pydicom.dcmread(broken)
+    number = str(content.InstanceNumber).encode()
+    at = broken.read_bytes().index(b"\x20\x00\x13\x00IS")
+    data = bytearray(broken.read_bytes())
+    data[at + 8 : at + 8 + len(number)] = b"a" * len(number)
+    broken.write_bytes(bytes(data))
+    (series,), _ = find_series(folder.iterdir())
+    assert len(series.files) == 4

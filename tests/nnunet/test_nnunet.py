@@ -14,6 +14,7 @@ from torch import nn
 from scripts.mistakes import Mistake
 from scripts.nnunet import build_network, make_plans, start_training, trainer_folder, training_settings, write_plans
 from scripts.nnunet.plans import KNOBS, _choose_knobs
+from scripts.weights import checkpoints
 
 NETWORK = {name: value for name, value in TINY_KNOBS.items() if name in KNOBS and name != "batch_size"}
 
@@ -89,14 +90,14 @@ def test_settings_of_the_network_are_read_beside_its_weights(plans, tmp_path):
     assert arguments["strict_stem"] is True
     assert (arguments["encoder_depths"], arguments["encoder_num_heads"]) == ([2], [4])
     assert (ours["patch_size"], ours["spacing"]) == ([32, 32, 32], [1, 2, 3])
-    # What is said on the command line counts over it, and the arguments' own names do too.
+    # What is said on the command line counts over it.
     knobs = _choose_knobs(str(tmp_path / "model.pt"), (), {"spacing": "null"})
     assert knobs["spacing"] is None
-    (tmp_path / "model.json").write_text(json.dumps({"network": {"encoder_depths": [5]}}))
-    assert _choose_knobs(str(tmp_path / "model.pt"), (), {})["encoder_depth"] == 5
+    checkpoints.save(network.state_dict(), tmp_path / "alone.safetensors", head={"record": json.dumps(record)})
+    assert _choose_knobs(str(tmp_path / "alone.safetensors"), (), {})["spacing"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"seen": []}', '{"network": null}'])
+@pytest.mark.parametrize("content", ["[]", '{"seen": []}', '{"network": null}'])
 def test_weights_with_no_record_of_their_settings_take_those_of_the_configs(tmp_path, content):
     torch.save(tiny().state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(content)

@@ -96,6 +96,9 @@ def test_what_does_not_fit_the_weights_is_refused_with_what_would_do(tmp_path):
     nib.save(nib.Nifti1Image(ct.astype(np.float32), np.eye(4)), tmp_path / "ct.nii.gz")
     with pytest.raises(Mistake, match=r"is a CT by its values .*, where modality is mr: use --modality ct"):
         encoder.embed(tmp_path / "ct.nii.gz")
+    t2 = np.pad(rng.uniform(20, 400, (30, 30, 30)), 4, constant_values=-1000)  # as tools that resample pad an MR
+    nib.save(nib.Nifti1Image(t2.astype(np.float32), np.eye(4)), tmp_path / "padded.nii.gz")
+    assert encoder.embed(tmp_path / "padded.nii.gz").case == "padded"
     with pytest.raises(Mistake, match=r"has voxels of 1.6 x 1.6 x 1.6 mm, .* by --spacing \[1.0, 1.0, 1.0\]"):
         encoder.embed(write_volume(tmp_path / "coarse.nii.gz", spacing=1.6))
     paths = [write_volume(tmp_path / f"{number}.nii.gz", seed=number) for number in range(2)]
@@ -151,3 +154,11 @@ def test_a_damaged_record_is_no_traceback(tmp_path):
     (tmp_path / "checkpoints" / "model.json").write_text(json.dumps({"network": 1})[:-3])
     with pytest.raises(Mistake, match=r"the record of .*model.pt is damaged"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("typed", ["checkpoints/model.pt", "{folder}/nothing", "runs/more/model"])
+def test_a_path_that_is_not_there_is_not_looked_for_elsewhere(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(Mistake, match="there is no file or folder"):
+        from_pretrained(typed.format(folder="runs"))
