@@ -59,7 +59,12 @@ class Targets:
 
 
 def read_targets(
-    folds: Mapping[str, Sequence[Case]], field: str, task: str = "auto", most: int | None = None, seed: int = 0
+    folds: Mapping[str, Sequence[Case]],
+    field: str,
+    task: str = "auto",
+    most: int | None = None,
+    seed: int = 0,
+    like: Mapping[str, Any] | None = None,
 ) -> Targets:
     """Read what is learned of the cases of both folds off a field of the datalist.
 
@@ -71,10 +76,20 @@ def read_targets(
         task: ``classification``, ``regression``, or ``auto``: a regression if all are numbers, more than ten different.
         most: training cases to keep, if given: of each class its share, chosen by a hash of their names.
         seed: another one keeps others.
+        like: ``about`` of the targets that a network has learned already; its field and classes must be the same.
 
     Raises:
-        Mistake: when too few have it, it is text where numbers are needed, or there are no two classes in each fold.
+        Mistake: when too few have it, it is text where numbers are needed, there are no two classes in each fold, or
+            it is not ``like`` what was learned before.
     """
+    if like is not None:
+        targets = read_targets(folds, field, "classification" if like["classes"] else "regression", most, seed)
+        if targets.about != like:
+            raise Mistake(
+                f"the target is {_shown(targets.about)} here, but {_shown(like)} in the network that goes on: give "
+                "cases of the same target, with the same classes, or fine-tune a new network"
+            )
+        return targets
     field = str(field)
     kept = {fold: _with_field(cases, field, fold) for fold, cases in folds.items()}
     values = {case["case"]: case[field] for cases in kept.values() for case in cases}
@@ -119,6 +134,10 @@ def _classification(
         )
     places = {case: float(classes.index(name)) for case, name in names.items() if name in counts}
     return Targets(field, classes, training, known, places)
+
+
+def _shown(about: Mapping[str, Any]) -> str:
+    return f"{about['field']} ({', '.join(about['classes']) or 'a number'})"
 
 
 def _with_field(cases: Sequence[Case], field: str, fold: str) -> list[Case]:

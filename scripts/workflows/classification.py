@@ -15,6 +15,7 @@ from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced
 from matplotlib.figure import Figure
 from monai.engines import PrepareBatch
+from monai.transforms import Compose
 from monai.utils import CommonKeys as Keys
 from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
 from torch import Tensor, nn
@@ -247,8 +248,8 @@ def read_target(weights: str | Path) -> dict[str, Any]:
     target = recorded(read_record(weights), "target")
     if not {"field", "classes"} <= target.keys():
         raise Mistake(
-            f"nothing beside {weights} says what it predicts: --ckpt_dir is the folder of checkpoints that a "
-            "classification or regression left, its model.json with it"
+            f"nothing beside {weights} says what it predicts: copy it together with the model.json that a "
+            "classification or regression left there"
         )
     return target
 
@@ -257,18 +258,18 @@ class PredictTarget:
     """Classify a volume, or predict its number: what a :class:`VolumeEvaluator` does in prediction.
 
     Args:
-        classes: their names in order; none of a number.
+        postprocessing: turns ``pred``, the network's output, into probabilities, or leaves the number as it is.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.classes = classes
+    def __init__(self, postprocessing: Compose) -> None:
+        self.postprocessing = postprocessing
 
     def __call__(self, evaluator: VolumeEvaluator, item: dict[str, Any]) -> dict[str, Any]:
         """Map an item's ``image`` ``(C, D, H, W)`` to probabilities or a number, ``pred`` ``(K,)``."""
         output = evaluator.inferer(item["image"][None].to(evaluator.state.device), evaluator.network)[0]
         if not output.isfinite().all():
             raise ValueError("the network's output is not finite")
-        return {"pred": probabilities(output, self.classes).cpu()}
+        return self.postprocessing({"pred": output})
 
 
 class PredictionWriter(VolumeWriter):
@@ -276,7 +277,7 @@ class PredictionWriter(VolumeWriter):
 
     Args:
         output_dir: of :class:`VolumeWriter`.
-        classes: of :class:`PredictTarget`.
+        classes: their names in order; none of a number.
     """
 
     answers = "predictions"

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class FinishedBundle:
     metrics: str | Path  # metrics.jsonl, with the scores of the best epoch
     validator: Engine  # which knows that epoch
     pretrained: str | Path | None = None  # weights that it started from
-    template: str | Path | None = None  # of inference.json; None: the bundle that is running is renewed in place
+    template: str | Path | Sequence[str] | None = None  # of inference.json; None: the bundle itself is renewed
+    built: Mapping[str, Any] = field(default_factory=dict)  # what other entries refer to, as the run has built it
 
     def __post_init__(self) -> None:
         self.run = caller(ConfigParser)
@@ -62,7 +63,8 @@ class FinishedBundle:
         weights = Path(self.ckpt_dir) / "model.pt"
         if idist.get_rank() or not weights.is_file():
             return
-        self.parser = ConfigParser(deepcopy(self.run.get()))  # what it resolves need not be what the run has built
+        # What it resolves need not be what the run has built.
+        self.parser = ConfigParser({**deepcopy(self.run.get()), **self.built})
         self.root = Path(self.parser.get_parsed_content("bundle_root"))
         self.files, self.defaults = as_published(self.parser)
         network = _plain(self.parser.get_parsed_content("network_def", instantiate=False), weights)
@@ -119,7 +121,7 @@ class FinishedBundle:
 
     def _inference_config(self, network: dict[str, Any]) -> dict[str, Any]:
         """Complete the template with this run's knobs; paths and the device are the next user's."""
-        template = ConfigParser.load_config_file(self.template)
+        template = ConfigParser.load_config_files(self.template)
         names = [
             name
             for name in template["_knobs_"]
@@ -131,7 +133,7 @@ class FinishedBundle:
 
     def _training_config(self, inference: dict[str, Any]) -> dict[str, Any]:
         """Make of this run's config one that goes on from the bundle's weights, and renews the bundle."""
-        config = {name: value for name, value in self.parser.get().items() if name not in DROPPED}
+        config = {name: value for name, value in deepcopy(self.run.get()).items() if name not in DROPPED}
         defaults = {name: value for name, value in self.defaults.items() if is_knob(name, value)}
         knobs = {n: self.parser.get_parsed_content(n) for n, value in defaults.items() if not is_expression(value)}
         handlers = [handler for handler in config["train"]["handlers"] if handler["_target_"] != "MLFlowHandler"]
@@ -195,7 +197,8 @@ class FinishedBundle:
         image |= {"channel_def": {str(channel): "image" for channel in range(value("in_chans"))}}
         pred = {"type": self.about["type"], "format": self.about["format"], "num_channels": len(self.channels)}
         pred |= {"value_range": [], "channel_def": {str(place): name for place, name in enumerate(self.channels)}}
-        return {"inputs": {"image": image | window}, "outputs": {"pred": pred | window}}
+        pred |= window if pred["type"] == "image" else window | {"spatial_shape": [], "is_patch_data": False}
+        return {"inputs": {"image": image | window}, "outputs": {"pred": pred}}
 
     def _model_card(self, scores: dict[str, float], data: str) -> str:
         value = self.parser.get_parsed_content

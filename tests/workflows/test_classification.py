@@ -13,12 +13,13 @@ from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, records, started, ti
 from ignite.engine import Engine, Events
 from matplotlib.image import imread
 from monai.bundle import ConfigWorkflow
+from monai.transforms import Activationsd, Compose
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from scripts import BertsWinEncoder
 from scripts.data import read_targets
 from scripts.engines import MeanWindowInferer, VolumeEvaluator
-from scripts.mistakes import Mistake
+from scripts.mistakes import Mistake, causes
 from scripts.networks import ClassificationNetwork
 from scripts.workflows import (
     PredictionWriter,
@@ -178,7 +179,7 @@ def test_a_folder_of_volumes_gets_a_table_and_the_bad_ones_are_named(tmp_path):
         val_data_loader=items,
         network=torch.nn.Identity(),
         inferer=infer,
-        iteration_update=PredictTarget(["F", "M"]),
+        iteration_update=PredictTarget(Compose([Activationsd("pred", softmax=True)])),
         val_handlers=[PredictionWriter(tmp_path, ["F", "M"])],
     )
     (tmp_path / "predictions.csv").write_text("of an earlier run")
@@ -195,7 +196,7 @@ def test_a_folder_of_volumes_gets_a_table_and_the_bad_ones_are_named(tmp_path):
 
 
 def test_what_a_network_predicts_is_read_off_its_record(tmp_path):
-    with pytest.raises(Mistake, match=r"nothing beside .*model.pt says what it predicts: --ckpt_dir is the folder"):
+    with pytest.raises(Mistake, match=r"nothing beside .*model.pt says what it predicts: copy it together with"):
         read_target(tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(json.dumps({"seen": {}}))
     with pytest.raises(Mistake, match="nothing beside"):
@@ -235,33 +236,51 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def test_a_head_learns_classes_from_a_frozen_encoder_and_prediction_says_the_same(people, tmp_path):
-    torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
-    knobs = {"dataset_dir": str(people), "pretrained": str(tmp_path / "model.pt"), "target": "sex", "spacing": None}
+@pytest.fixture(scope="module")
+def frozen(people, tmp_path_factory) -> Path:
+    """What a fine-tuning for the sex leaves: of a head on an encoder that stays as it is, encoder.pt."""
+    out = tmp_path_factory.mktemp("out")
+    torch.save(tiny(strict_stem=True).state_dict(), out / "encoder.pt")
+    knobs = {"dataset_dir": str(people), "pretrained": str(out / "encoder.pt"), "target": "sex", "spacing": None}
     knobs |= {"max_epochs": 4, "freeze_epochs": 4, "iterations_per_epoch": 10, "learning_rate": 0.01}
-    out, predicted = tmp_path / "out", tmp_path / "predicted"
-    run("finetuning", **knobs, output_dir=str(out), affine_prob=0.0, val_interval=2)
-    assert [record["epoch"] for record in records(out)] == [2, 4]
-    assert records(out)[-1]["val_auroc"] == 1
-    weights = torch.load(out / "checkpoints" / "model.pt", weights_only=True)
-    for name, weight in torch.load(tmp_path / "model.pt", weights_only=True).items():
+    run("finetuning", **knobs, output_dir=str(out), affine_prob=0.0, val_interval=2, precision="fp32")
+    return out
+
+
+def by_case(path):
+    return {row.pop("case"): row for row in table(path)}
+
+
+def same_answers(answers, scores):
+    """Compare predictions with the scores of their cases."""
+    for case, row in scores.items():
+        expected = {name: value for name, value in row.items() if name != "truth"}
+        assert answers[case] == expected, case
+
+
+def test_a_head_learns_classes_from_a_frozen_encoder_and_prediction_says_the_same(people, frozen, tmp_path):
+    assert [record["epoch"] for record in records(frozen)] == [2, 4]
+    assert records(frozen)[-1]["val_auroc"] == 1
+    weights = torch.load(frozen / "checkpoints" / "model.pt", weights_only=True)
+    for name, weight in torch.load(frozen / "encoder.pt", weights_only=True).items():
         if name.startswith("encoder."):
             assert torch.equal(weights[name], weight)
-    assert read_target(out / "checkpoints" / "model.pt") == {"field": "sex", "classes": ["F", "M"]}
-    assert (out / "figures" / "calibration.png").exists()
+    assert read_target(frozen / "checkpoints" / "model.pt") == {"field": "sex", "classes": ["F", "M"]}
+    assert (frozen / "figures" / "calibration.png").exists()
 
+    knobs = {"ckpt_dir": str(frozen / "checkpoints"), "output_dir": str(tmp_path)}
     write_volume(people / "new" / "broken.nii.gz").write_bytes(b"no volume")
     with pytest.raises(RuntimeError) as caught:
-        run("prediction", dataset_dir=str(people / "new"), ckpt_dir=str(out / "checkpoints"), output_dir=str(predicted))
-    assert "1 of 1 volumes have no prediction" in str(caught.value.__cause__)
-    run("prediction", dataset_dir=str(people), ckpt_dir=str(out / "checkpoints"), output_dir=str(predicted))
-    answers = {row.pop("case"): row for row in table(predicted / "predictions.csv")}
-    scores = {row.pop("case"): row for row in table(out / "scores.csv")}
+        run("prediction", **knobs, dataset_dir=str(people / "new"))
+    found = [str(error) for error in causes(caught.value)]
+    assert any("1 of 1 volumes have no prediction" in cause for cause in found)
+    run("prediction", **knobs, dataset_dir=str(people))
+    answers, scores = by_case(tmp_path / "predictions.csv"), by_case(frozen / "scores.csv")
     assert len(answers) == 10
-    assert set(scores) == {f"imagesTr/{number}" for number in range(6, 10)}
-    for case, row in scores.items():
-        assert row.pop("truth") == "FM"[int(case[-1]) % 2]
-        assert row == answers[case]
+    assert {case: row["truth"] for case, row in scores.items()} == {
+        f"imagesTr/{number}": "FM"[number % 2] for number in range(6, 10)
+    }
+    same_answers(answers, scores)
 
 
 def test_a_number_is_learned_with_attention_and_all_of_the_network(people, tmp_path, capsys):
