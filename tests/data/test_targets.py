@@ -108,3 +108,17 @@ def test_fewer_training_cases_keep_the_shares_of_their_classes_whatever_the_orde
     assert fewer < set(names)
     few = read_targets(cases, "sex", most=3, seed=1)
     assert few.classes == ["a", "b", "c"]
+
+
+def test_what_a_network_has_learned_is_learned_further_and_nothing_else():
+    known = {"field": "sex", "classes": ["a", "b"]}
+    assert read_targets(folds(["b", "a"], ["a", "b"]), "sex", like=known).about == known
+    number = {"field": "sex", "classes": []}
+    assert read_targets(folds([1, 2, 3], [1, 2]), "sex", like=number).task == "regression"  # few, but no classes
+    for other, said in (
+        ({"field": "sex", "classes": ["b", "a"]}, r"sex \(a, b\) here, but sex \(b, a\) in the network"),
+        ({"field": "sex", "classes": ["a", "b", "c"]}, r"but sex \(a, b, c\) in the network"),
+        ({"field": "race", "classes": ["a", "b"]}, r"but race \(a, b\) in the network"),
+    ):
+        with pytest.raises(Mistake, match=said):
+            read_targets(folds(["b", "a"], ["a", "b"]), "sex", like=other)

@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch
 from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, records, started, tiny, write_volume
 from ignite.engine import Engine, Events
 from matplotlib.image import imread
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.transforms import Activationsd, Compose
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from test_configs import REQUIRED
 
 from scripts import BertsWinEncoder
 from scripts.data import read_targets
@@ -300,6 +303,81 @@ def test_a_number_is_learned_with_attention_and_all_of_the_network(people, tmp_p
     weights = torch.load(tmp_path / "checkpoints" / "model.pt", weights_only=True)
     assert weights["mean"].item() == pytest.approx(np.mean(ages))
     assert weights["deviation"].item() == pytest.approx(np.std(ages), rel=1e-5)
+
+    pred = json.loads((tmp_path / "bundle/configs/metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    assert pred["channel_def"] == {"0": "age, in the unit of its datalist"}
+    place = tmp_path / "predicted"
+    run("prediction", dataset_dir=str(people), ckpt_dir=str(tmp_path / "checkpoints"), output_dir=str(place))
+    same_answers(by_case(place / "predictions.csv"), by_case(tmp_path / "scores.csv"))
+
+
+def run_bundle(folder, kind, run_id, **knobs):
+    """Run a config of a finished bundle, in this process."""
+    config = {"train": "train.json", "infer": "inference.json"}[kind]
+    paths = {"num_workers": 0, "precision": "fp32"} | knobs
+    workflow = ConfigWorkflow(str(folder / "configs" / config), workflow_type=kind, run_id=run_id, **paths)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    workflow.run()
+
+
+def test_monais_tools_find_nothing_wrong_with_the_finished_bundle(frozen, monkeypatch, tmp_path):
+    folder = frozen / "bundle"
+    metadata = json.loads((folder / "configs/metadata.json").read_text())
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    assert pred["channel_def"] == {"0": "F", "1": "M"}
+    assert (pred["spatial_shape"], pred["num_channels"]) == ([], 2)
+    assert metadata["eval_metrics"]["val_auroc"] == 1
+    (tmp_path / "schema.json").write_text(json.dumps({"type": "object", "required": REQUIRED}))
+    monkeypatch.chdir(folder)
+    meta = {"meta_file": "configs/metadata.json"}
+    monai.bundle.verify_metadata(**meta, filepath=tmp_path / "schema.json")
+    monai.bundle.verify_net_in_out("network_def", **meta, config_file="configs/inference.json", device="cpu")
+
+
+def test_the_finished_bundle_predicts_elsewhere_by_itself_and_with_monais_own_parts(people, frozen, tmp_path):
+    folder = shutil.copytree(frozen / "bundle", tmp_path / "sex")
+    run_bundle(folder, "infer", "inference", dataset_dir=str(people), output_dir=str(tmp_path / "out"))
+    answers, scores = by_case(tmp_path / "out/predictions.csv"), by_case(frozen / "scores.csv")
+    same_answers(answers, scores)
+    network = monai.bundle.load("sex", bundle_dir=str(tmp_path), workflow_type="inference", device="cpu")
+    script = torch.jit.load(folder / "models/model.ts")
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs/inference.json"))
+    parser.config |= {"bundle_root": str(folder), "device": "cpu", "precision": "fp32"}
+    pre, infer, post = (parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "postprocessing"))
+    image = pre({"image": str(people / "imagesTr/7.nii.gz")})["image"]
+    for one in (network.eval(), script):
+        with torch.no_grad():
+            found = post({"pred": infer(image[None], one)[0]})["pred"]
+        expected = [float(answers["imagesTr/7"][f"probability of {name}"]) for name in "FM"]
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_finished_bundle_goes_on_with_more_labels_of_the_same_classes_alone(people, frozen, tmp_path):
+    folder = shutil.copytree(frozen / "bundle", tmp_path / "sex")
+    config = json.loads((folder / "configs/train.json").read_text())
+    assert (config["learning_rate"], config["freeze_epochs"], config["channels"]) == (0.01, 0, ["F", "M"])
+    content = json.loads((people / "dataset.json").read_text())
+    items = content["training"] + content["validation"]
+    for item in items:
+        item["image"] = str(people / item["image"])
+    knobs = {"max_epochs": 1, "iterations_per_epoch": 1, "affine_prob": 0.0}
+    others = [item | {"sex": item["sex"].replace("F", "X")} for item in items]
+    for name, cases in (("others", others), ("more", items)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"training": cases[:8], "validation": cases[8:]}))
+    with pytest.raises(RuntimeError) as caught:
+        run_bundle(folder, "train", "training", dataset_dir=str(tmp_path / "others.json"), **knobs)
+    with pytest.raises(Mistake, match=r"target is sex \(M, X\) here, but sex \(F, M\) in the network"):
+        raise next(error for error in causes(caught.value) if isinstance(error, Mistake))
+    out = tmp_path / "again"
+    run_bundle(folder, "train", "training", dataset_dir=str(tmp_path / "more.json"), output_dir=str(out), **knobs)
+    assert [record["epoch"] for record in records(out)] == [0, 1]
+    assert records(out)[0]["val_auroc"] == 1
+    assert read_target(folder / "models/model.pt") == {"field": "sex", "classes": ["F", "M"]}
+    more = str(tmp_path / "more.json")
+    run_bundle(folder, "infer", "inference", dataset_dir=more, output_dir=str(tmp_path / "out"))
+    same_answers(by_case(tmp_path / "out/predictions.csv"), by_case(out / "scores.csv"))
 
 
 def test_another_target_is_not_continued_and_a_run_that_goes_on_is_the_same(people, tmp_path):
