@@ -83,11 +83,12 @@ def read_targets(
             it is not ``like`` what was learned before.
     """
     if like is not None:
-        targets = read_targets(folds, field, "classification" if like["classes"] else "regression", most, seed)
-        if targets.about != like:
+        kind = "classification" if like["classes"] else "regression"
+        targets = read_targets(folds, field, kind, most, seed) if field == like["field"] else None
+        if targets is None or targets.about != like:
             raise Mistake(
-                f"the target is {_shown(targets.about)} here, but {_shown(like)} in the network that goes on: give "
-                "cases of the same target, with the same classes, or fine-tune a new network"
+                f"the target is {_shown(targets.about) if targets else field} here, but {_shown(like)} in the network "
+                "that goes on: give cases of the same target, with the same classes, or fine-tune a new network"
             )
         return targets
     field = str(field)
