@@ -125,7 +125,7 @@ class FinishedBundle:
         names = [
             name
             for name in template["_knobs_"]
-            if name in self.defaults.keys() - {*PATHS, "bundle_root", "device", "pretrained"}
+            if name in self.defaults.keys() - {*PATHS, "bundle_root", "device", "precision", "pretrained"}
         ]
         intensity = _plain(self.parser.get_parsed_content("intensity", instantiate=False))
         knobs = {name: self.parser.get_parsed_content(name) for name in names}

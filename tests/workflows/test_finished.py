@@ -136,6 +136,7 @@ def test_it_is_downloaded_as_a_zip_and_loaded_with_its_weights(folder, tmp_path,
         torch.testing.assert_close(script(volume), network.eval()(volume), rtol=1e-4, atol=1e-5)
     assert metadata["name"] == "Segmentation"
     assert b"SlidingWindowInferer" in files["inference.json"]
+    assert json.loads(files["inference.json"])["precision"] == "fp32"  # as applications
 
 
 def agreement(found, mask):
