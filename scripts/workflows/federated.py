@@ -42,6 +42,7 @@ def federated_site(
     files = [config_file] if isinstance(config_file, str | Path) else list(config_file)
     # Validation follows at the end of each round; an interval of all epochs adds none in between.
     schedule = {"max_epochs": epochs, "early_stop_patience": epochs, "val_interval": epochs}
+    schedule["lr_scheduler::t_total"] = "$@max_epochs * @steps_per_epoch"  # the trainer's own is one round's
     sys.path.insert(1, str(bundle_root()))  # as a run does: the configs name `scripts`
     workflow = ConfigWorkflow(files, logging_file=False, run_id="training", **(schedule | knobs))
     workflow.initialize()

@@ -290,6 +290,7 @@ def test_a_head_learns_classes_from_a_frozen_encoder_and_prediction_says_the_sam
 def test_a_number_is_learned_with_attention_and_all_of_the_network(people, tmp_path, capsys):
     knobs = {"dataset_dir": str(people), "target": "age", "task": "regression", "pooling": "attention"}
     knobs |= {"freeze_epochs": 1, "max_epochs": 3, "iterations_per_epoch": 6, "output_dir": str(tmp_path)}
+    knobs |= {"precision": "fp32"}  # as its prediction
     resolve = run("finetuning", **knobs)
     assert "left out 1 of 6 cases, as they have no age: imagesTr/0" in capsys.readouterr().out
     last = records(tmp_path)[-1]
