@@ -91,11 +91,8 @@ def check_knobs(weights: str = "pretrained") -> None:
     _fit_tracking(parser)
     given, recipe = overridden() - TRACKING_KNOBS, parser.get("recipe", "inference")
     files, defaults = as_published(parser, recipe)
-    passed = {
-        "_meta_",
-        *TRACKING_KNOBS,
-        *as_published(parser, "pretraining")[1],
-    }  # an overlay may serve several workflows
+    # An overlay may serve several workflows.
+    passed = {"_meta_", *TRACKING_KNOBS, *as_published(parser, "pretraining")[1]}
     changes = {}
     for name, value in parser.get().items():
         if name in defaults:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -116,6 +117,19 @@ def write_volume(path: Path, shape=(36, 30, 33), seed: int = 0, spacing: float =
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.diag([spacing, spacing, spacing, 1.0])), path)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python_path() -> list[str]:
+    """Python's path once all tests are collected."""
+    return list(sys.path)
+
+
+@pytest.fixture(autouse=True)
+def _own_path(python_path: list[str]) -> Iterator[None]:
+    """Forget the bundles that a test has put on the path: `scripts` of a later test's processes is this one."""
+    yield
+    sys.path[:] = python_path
 
 
 @pytest.fixture(scope="session")

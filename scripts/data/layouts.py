@@ -19,7 +19,7 @@ from .dicom import Remember, is_dicom
 from .reading import SUFFIXES
 from .searching import OTHERS, case_name, cases_of, files_below, longest_suffix, series_cases, sort_out
 
-__all__ = ["dataset_facts", "label_names", "read_dataset"]
+__all__ = ["class_name", "dataset_facts", "label_names", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _listed_case(item: Mapping[str, Any], root: Path, remember: Remember | None 
     known = {key: value for key, value in item.items() if value not in (None, "") and value == value}  # no NaN
     if "label" in known:
         case["label"] = _listed_path(str(known["label"]), root)
-    types = {"field_of_view": dict, "class": _class_name, "session": str}
+    types = {"field_of_view": dict, "class": class_name, "session": str}
     case |= {key: kind(known[key]) for key, kind in types.items() if key in known}
     plain = {key: value for key, value in known.items() if isinstance(value, str | int | float)}
     case |= {key: value for key, value in plain.items() if key not in (*types, *PATIENT_KEYS, *OWN_KEYS)}
@@ -182,7 +182,7 @@ def _listed_case(item: Mapping[str, Any], root: Path, remember: Remember | None 
     return case | ({"patient": patients[0]} if patients else {})
 
 
-def _class_name(value: Any) -> str:
+def class_name(value: Any) -> str:
     """Name a class: 1 and 1.0, as tables are joined, are one."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..mistakes import Mistake
 from .describing import Case
+from .layouts import class_name
 from .splitting import case_seed
 
 __all__ = ["Targets", "read_targets"]
@@ -106,7 +107,7 @@ def read_targets(
         low, high = min(numbers.values()), max(numbers.values())
         logger.info("%s is a number, from %g to %g: a regression", field, low, high)
         return targets
-    return _classification(kept, field, {case: _name(value) for case, value in values.items()}, task, most, seed)
+    return _classification(kept, field, {case: class_name(value) for case, value in values.items()}, task, most, seed)
 
 
 def _classification(
@@ -179,11 +180,6 @@ def _number(value: Any) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _name(value: Any) -> str:
-    """Name a class: 1 and 1.0 are one."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _in_order(name: str) -> tuple[bool, float, str]:

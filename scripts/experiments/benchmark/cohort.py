@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ...data import Index, find_cases
-from ...workflows.planning.trial import run_and_measure
+from ...workflows.planning.trial import bundle_command, run_and_measure
 from ..reporting import markdown_table, write_report
 from .networks import machine
 from .training import CONFIGS, TRAINING
@@ -68,27 +68,22 @@ def _steps(scans: Path, place: Path, num_workers: int) -> dict[str, Callable[[],
     training |= TINY | {"decoder_embed_dim": 32, "batch_size": 16, "warmup_epochs": 0, "num_figure_volumes": 0} | shared
     start = training | {"output_dir": place / "start", "iterations_per_epoch": 1, "cache": "none", "val_fraction": 1e-4}
     weights = place / "run" / "checkpoints" / "model.pt"
-    inference = {"output_dir": place / "features", "checkpoint": weights, "figures": "false"} | shared | TINY
+    inference = {"output_dir": place / "features", "pretrained": weights, "figures": "false"} | shared | TINY
     commands = {
-        "merely read": ["-c", program.format("read_all")],
-        "index": ["-c", program.format("index_all")],
-        "second start, one iteration": _bundle("training", str([*TRAINING]), start),
-        "an epoch, cache on disk": _bundle("training", str([*TRAINING]), training | {"iterations_per_epoch": "null"}),
-        "inference": _bundle("inference", str(CONFIGS / "inference.json"), inference),
+        "merely read": [sys.executable, "-c", program.format("read_all")],
+        "index": [sys.executable, "-c", program.format("index_all")],
+        "second start, one iteration": bundle_command("training", [*TRAINING], start),
+        "an epoch, cache on disk": bundle_command("training", [*TRAINING], training | {"iterations_per_epoch": "null"}),
+        "inference": bundle_command("inference", [str(CONFIGS / "inference.json")], inference),
     }
     return {step: partial(_measured, command, place) for step, command in commands.items()}
 
 
-def _bundle(run_id: str, configs: str, knobs: dict[str, Any]) -> list[str]:
-    overrides = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-    return ["-m", "monai.bundle", "run", run_id, "--config_file", configs, *overrides]
-
-
-def _measured(arguments: list[str], place: Path) -> dict[str, float]:
+def _measured(command: list[str], place: Path) -> dict[str, float]:
     start = time.perf_counter()
-    output, code, memory, _ = run_and_measure([sys.executable, *arguments], place, "cpu")
+    output, code, memory, _ = run_and_measure(command, place, "cpu")
     if code:
-        raise RuntimeError(f"{' '.join(arguments)} ended with {code}:\n{output[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{output[-2000:]}")
     own = [line for line in output.splitlines() if line.startswith("seconds ")]  # without the imports
     return {"seconds": float(own[0].split()[1]) if own else time.perf_counter() - start, "bytes": memory}
 

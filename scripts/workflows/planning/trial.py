@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ...data import Case
 from ...mistakes import Mistake
 from ...weights import bundle_root
 
-__all__ = ["Trial", "places", "run_and_measure", "try_training"]
+__all__ = ["Trial", "bundle_command", "places", "run_and_measure", "try_training"]
 
 ITERATIONS, EPOCHS = 8, 3  # the last epoch alone is validated
 TRAINED, VALIDATED = 8, 2  # volumes
@@ -54,8 +55,7 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
         knobs |= {"iterations_per_epoch": ITERATIONS, "val_interval": EPOCHS, "num_figure_volumes": 0}
         # The list of these cases says the rest.
         knobs |= {"warmup_epochs": 1, "device": device, "contrasts": "null", "group_by": "null"}
-        command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs)]
-        command += [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+        command = bundle_command("training", configs, knobs)
         output, code, memory, device_memory = run_and_measure(command, Path(folder), device)
     if code in KILLED or (code and any(sign in output for sign in OUT_OF_MEMORY)):
         return None
@@ -64,6 +64,12 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
         raise Mistake(f"the training that was tried ended with status {code}:\n{output[-2000:]}")
     validation = max(0.0, seconds[2] - seconds[1]) / held_out
     return Trial(seconds[1] / ITERATIONS, validation, memory, device_memory)
+
+
+def bundle_command(run_id: str, configs: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
+    """Write the command that runs a workflow in a process of its own."""
+    overrides = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(configs), *overrides]
 
 
 def _absolute(image: str | list[str]) -> str | list[str]:
