@@ -1,13 +1,17 @@
 """What this machine, or the part of it that a job or a container gives, has to offer."""
 
 import os
+import re
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cores", "free_memory"]
+__all__ = ["RSS_UNIT", "cores", "free_memory", "peak_memory"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what `resource` says of memory
 
 
 def free_memory() -> int:
@@ -19,6 +23,20 @@ def free_memory() -> int:
         line = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")), None)
         free = int(line.split()[1]) * 1024 if line else free
     return min([free, *_free_in_cgroups()])
+
+
+def peak_memory(pid: int | None = None) -> int:
+    """Tell the bytes that a process, by default this one, has held at most; 0 of another one where that is not known.
+
+    What ``resource`` says starts from what the process held that started this one, so Linux is asked itself.
+    """
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
+    except OSError:  # no Linux, or the process has ended
+        status = ""
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT if pid is None else 0
 
 
 def cores() -> int:

@@ -1,7 +1,6 @@
 """Where weights come from, and which volumes they have seen, as salted hashes of the voxels: part of their record."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ import monai
 import numpy as np
 import torch
 
-from ..weights import bundle_root, read_record, recorded, sha256
+from ..weights import bundle_version, read_record, recorded, sha256
 from .checks import geometry_in_ras
 from .describing import Case
 from .index import Index
@@ -48,10 +47,9 @@ def provenance(
     salt = before["salt"] or hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:16]
     spacings = np.percentile([geometry_in_ras(facts)[1] for facts in described], [5, 50, 95], axis=0).round(3).tolist()
     usual = dict(zip(("low", "median", "high"), spacings, strict=True))
-    version = json.loads((bundle_root() / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
     return {
         "preprocessing": {**(preprocessing or {}), "orientation": "RAS", "cohort_spacing": usual},
-        "versions": {"bertswin_mae": version, "monai": monai.__version__, "torch": torch.__version__},
+        "versions": {"bertswin_mae": bundle_version(), "monai": monai.__version__, "torch": torch.__version__},
         "provenance": {
             "recipe": recipe,
             "date": datetime.now(tz=timezone.utc).date().isoformat(),

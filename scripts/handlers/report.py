@@ -5,9 +5,7 @@ import csv
 import json
 import logging
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from ignite.engine import Engine, Events
 
 from .. import machine
 from ..data.describing import Case
-from ..weights import bundle_root
+from ..weights import bundle_version
 from .pages import Element, chart, details, element, picture, section, table, write
 
 __all__ = ["Setting", "TrainingReport", "WarningLog"]
@@ -211,7 +209,7 @@ def heading(title: str, verdict: Sequence[str]) -> list[Element]:
     if warned:
         count = f"{warned} warnings" if warned > 1 else "One warning"
         lines.append(element("p", element("a", count, href="#warnings"), ", below."))
-    when = f"BertsWinMAE {_version()}, {datetime.now():%Y-%m-%d %H:%M}"
+    when = f"BertsWinMAE {bundle_version()}, {datetime.now():%Y-%m-%d %H:%M}"
     return [element("h1", title), element("div", when, class_="soft"), element("div", *lines, class_="verdict")]
 
 
@@ -222,7 +220,7 @@ def about_run(settings: Mapping[str, Setting]) -> list[Element]:
     everything = table(("knob", "value"), ((name, _plain(one.value)) for name, one in settings.items()))
     own = table(("knob", "value", "recipe"), changed) if changed else element("p", "All are as in the recipe.")
     versions = {"Python": platform.python_version(), "PyTorch": torch.__version__, "MONAI": monai.__version__,
-                "Ignite": ignite.__version__, "BertsWinMAE": _version()}  # fmt: skip
+                "Ignite": ignite.__version__, "BertsWinMAE": bundle_version()}  # fmt: skip
     heard = table(("warning", "times"), warned[:LISTED]) if warned else element("p", "None was logged.")
     return [
         section("Warnings", heard, *_more(len(warned))),
@@ -233,9 +231,7 @@ def about_run(settings: Mapping[str, Setting]) -> list[Element]:
 
 def memory() -> list[tuple[str, str]]:
     """Tell the machine's part, and the most memory that this process has taken."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    lines = [("memory, at its peak", f"{peak / 1e9:.2f} GB, {machine.cores()} cores")]
+    lines = [("memory, at its peak", f"{machine.peak_memory() / 1e9:.2f} GB, {machine.cores()} cores")]
     if torch.cuda.is_available() and (on_gpu := torch.cuda.max_memory_allocated()):
         lines.append(("GPU memory, at its peak", f"{on_gpu / 1e9:.2f} GB, {torch.cuda.get_device_name()}"))
     return lines
@@ -344,7 +340,3 @@ def _usual_seconds(records: Sequence[dict[str, Any]]) -> float:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _version() -> str:
-    return json.loads((bundle_root() / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]

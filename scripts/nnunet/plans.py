@@ -13,8 +13,7 @@ from monai.optimizers import WarmupCosineSchedule, generate_param_groups
 from ..knobs import read
 from ..mistakes import Mistake
 from ..networks import BertsWinEncoder, SegmentationNetwork
-from ..weights import bundle_root, fill, read_record, read_weights, recorded, stem_is_strict
-from ..weights.checkpoints import named_after
+from ..weights import bundle_root, checkpoints, fill, read_record, read_weights, recorded, stem_is_strict
 
 __all__ = ["build_network", "make_plans", "start_training", "trainer_folder", "training_settings", "write_plans"]
 
@@ -112,10 +111,8 @@ def write_plans(
     ours = made["configurations"][CONFIGURATION]
     network = build_network(len(ours["normalization_schemes"]), 2, **ours["architecture"]["arch_kwargs"])
     fill(network.encoder, pretrained)  # what does not fit is refused here
-    path, beside = source.with_name(f"{name}.json"), source.with_name(f".{name}.json")
-    with named_after(path):
-        beside.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+    path = source.with_name(f"{name}.json")
+    checkpoints.save_text(json.dumps(made, indent=1) + "\n", path)
     print(f"wrote {path}: windows of {ours['patch_size']} voxels of {ours['spacing']} mm")
     if theirs["image_reader_writer"] != READER:
         print(

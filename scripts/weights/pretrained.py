@@ -1,5 +1,6 @@
 """Fill networks with weights: completely, or not at all and with an account of what does not fit."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from .. import parallel
 from ..mistakes import Mistake
 from .checkpoints import load
 
-__all__ = ["Comparison", "build_pretrained", "bundle_root", "compare", "encoder_part", "fill"]
+__all__ = ["Comparison", "build_pretrained", "bundle_root", "bundle_version", "compare", "encoder_part", "fill"]
 __all__ += ["read_weights", "stem_is_strict", "strip_prefixes"]
 
 # What DistributedDataParallel and torch.compile put in front of every name.
@@ -143,3 +144,8 @@ def bundle_root() -> Path:
     """Tell where the bundle lies, the folder of ``configs`` and ``models``: within the package or around it."""
     package = Path(__file__).resolve().parents[1]
     return package / "bundle" if (package / "bundle").is_dir() else package.parent
+
+
+def bundle_version() -> str:
+    """Tell the bundle's version, which stands in its metadata alone."""
+    return json.loads((bundle_root() / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]

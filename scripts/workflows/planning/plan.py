@@ -10,6 +10,7 @@ import numpy as np
 
 from ...data import Index, prepared_bytes
 from ...mistakes import Mistake
+from ...weights import checkpoints
 from .choices import SIZES, Settings, about_network, about_schedule, about_volumes, size_of
 from .cohort import Cohort, look_at
 from .page import costs, findings
@@ -89,9 +90,8 @@ def _tried(settings: Settings, cohort: Cohort, folder: Path, device: str) -> Tri
 
 
 def _write(settings: Settings, folder: Path) -> Path:
-    path, beside = folder / "plan.yaml", folder / ".plan.yaml"
+    path = folder / "plan.yaml"
     lines = ["# A plan for these volumes and this machine. Name it behind train.yaml; change what you know better.", ""]
     lines += [f"{name}: {json.dumps(value, ensure_ascii=False)} # {why}" for name, (value, why) in settings.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return beside.replace(path)
+    checkpoints.save_text("\n".join(lines) + "\n", path)
+    return path

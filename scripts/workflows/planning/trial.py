@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ... import machine
 from ...data import Case
 from ...mistakes import Mistake
 from ...weights import bundle_root
@@ -87,7 +88,7 @@ def run_and_measure(command: list[str], folder: Path, device: str) -> tuple[str,
 
     def watch() -> None:
         while not ended.wait(0.2):
-            held.append(_most_held(process.pid))
+            held.append(machine.peak_memory(process.pid))
             if on_gpu:
                 free.append(torch.cuda.mem_get_info(device)[0])
 
@@ -102,14 +103,5 @@ def run_and_measure(command: list[str], folder: Path, device: str) -> tuple[str,
     ended.set()
     watcher.join()
     # Where there is no /proc: what wait4 says starts from what this process held when it started the other.
-    memory = max(held) or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = max(held) or usage.ru_maxrss * machine.RSS_UNIT
     return log.read_text(), process.returncode, memory, before - min(free) if free else None
-
-
-def _most_held(pid: int) -> int:
-    """Tell the bytes that a process has held at most; 0 where Linux does not say, or when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return int((re.search(r"VmHWM:\s*(\d+) kB", status) or [0, 0])[1]) * 1024
