@@ -86,7 +86,7 @@ class PatchStem(nn.Module):
         return self.forward_with_skips(volume)[0]
 
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As :meth:`forward`, and the output of every stage, finest first, for dense decoders."""
+        """As :meth:`forward`, and the output of every stage, finest first, for decoders."""
         skips = []
         for stage in self.stages:
             volume = stage(volume)
@@ -159,7 +159,7 @@ class BertsWinEncoder(nn.Module):
         return self.encode(self.embed(volume))
 
     def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
-        """As :meth:`forward`, and before the features the output of every stem stage, for dense decoders.
+        """As :meth:`forward`, and before the features the output of every stem stage, for decoders.
 
         Finest first, ``(B, stem_base_dim · 2^i, D/2^(i+1), …)`` each.
         """

@@ -30,7 +30,7 @@ RAS = [2, 1, 0]  # axes of nnU-Net's arrays, which are D, H, W back to front
 
 
 def build_network(
-    input_channels: int, num_classes: int, deep_supervision: bool = False, feature_size: int = 16, **encoder: Any
+    input_channels: int, num_classes: int, deep_supervision: bool = False, feature_size: int = 32, **encoder: Any
 ) -> SegmentationNetwork:
     """Build the network that plans name: what nnU-Net calls with their ``arch_kwargs``.
 
