@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
@@ -19,6 +21,13 @@ __all__ = ["FeatureMonitor"]
 logger = logging.getLogger(__name__)
 
 SHARE = 0.05  # of a run's time, at most
+
+
+class Probe(Protocol):
+    """What reads labels off features."""
+
+    def score(self, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return figures by name, for an encoder that maps ``(B, C, D, H, W)`` to ``(B, channels, D/P, H/P, W/P)``."""
 
 
 @dataclass(eq=False)
@@ -39,6 +48,7 @@ class FeatureMonitor:
     interval: int | None  # epochs between two looks; None: no look
     val_interval: int = 1  # epochs between two validations
     last_epoch: int = 0  # the run's `max_epochs`
+    probe: Probe | None = None  # of what cases come with, if anything
     looks: list[Look] = field(default_factory=list, init=False)
     is_looking: bool = field(default=False, init=False)
 
@@ -79,7 +89,7 @@ class FeatureMonitor:
             self.looks.append(look(volume, valid, self._encode))
         self.last_started += time.monotonic() - started
 
-    def _encode(self, volume: Tensor, valid: Tensor) -> Tensor:
+    def _encode(self, volume: Tensor, valid: Tensor | None = None) -> Tensor:
         return self.inferer(volume, self.network.extract_features, valid).float()
 
     def finish(self, engine: Engine) -> None:
@@ -88,6 +98,9 @@ class FeatureMonitor:
             return
         started = time.monotonic()
         figures = summary(self.looks)
+        if self.probe is not None:
+            with eval_mode(self.network):
+                figures |= self.probe.score(lambda volume: self._encode(volume.to(engine.state.device)))
         self.looks = []
         self.last = self.last_started + time.monotonic() - started
         self.spent += self.last
