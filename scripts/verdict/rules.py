@@ -137,8 +137,8 @@ def collapsed(run: Run) -> Finding | None:
     """Hold where features say the same of all patches, or the error stands still above that of a baseline."""
     rank, dead, alike = (run.features.get(name) for name in SPREAD)
     is_narrow = rank is not None and (rank < NARROW or dead > DEAD or alike > ALIKE)
-    is_stuck = run.left >= run.baseline and not run.is_falling
-    if not (is_narrow and run.left >= run.baseline) and not is_stuck:
+    is_stuck = not run.is_falling
+    if len(run.curve) < FEW_LOOKS or run.left < run.baseline or not (is_narrow or is_stuck):
         return None
     spread = ""
     if rank is not None:
