@@ -200,9 +200,9 @@ class TrainingReport:
         folder, title, validated = Path(self.output_dir), titled(self.settings), self.validator.state
         best = validated.best_metric_epoch
         counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in self.cases.items())
-        verdict = judge(records, facts)
-        if verdict is not None:
-            with spared(folder / VERDICT):
+        verdict = None
+        with spared(folder / VERDICT):
+            if (verdict := judge(records, facts)) is not None:
                 checkpoints.save_text(json.dumps(verdict._asdict(), indent=1) + "\n", folder / VERDICT)
         judged = [] if verdict is None else [verdict.paragraph]
         outcome = _outcome(records, best, validated.key_metric_name, facts.max_epochs)

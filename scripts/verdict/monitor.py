@@ -66,7 +66,7 @@ class FeatureMonitor:
 
     def is_due(self, epoch: int) -> bool:
         """Tell whether the features are looked at after this epoch."""
-        is_first_or_last = epoch <= self.val_interval or epoch == self.last_epoch
+        is_first_or_last = (epoch <= self.val_interval and not self.spent) or epoch == self.last_epoch
         reaches_multiple = epoch // self.interval > (epoch - self.val_interval) // self.interval
         affordable = not self.spent or self.spent + self.last <= SHARE * (time.monotonic() - self.began)
         return is_first_or_last or (reaches_multiple and affordable)
@@ -85,8 +85,8 @@ class FeatureMonitor:
         started = time.monotonic()
         volume = engine.state.output[Keys.IMAGE][:left].float()
         valid = engine.state.output[Keys.PRED]["valid_for_masking_mask"][:left].to(volume.device)
-        with eval_mode(self.network):
-            self.looks.append(look(volume, valid, self._encode))
+        with eval_mode(self.network):  # one by one, so that a look takes no more memory than training does
+            self.looks += [look(*pair, self._encode) for pair in zip(volume.split(1), valid.split(1), strict=True)]
         self.last_started += time.monotonic() - started
 
     def _encode(self, volume: Tensor, valid: Tensor | None = None) -> Tensor:

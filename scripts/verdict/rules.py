@@ -234,12 +234,11 @@ def _fall(curve: Sequence[tuple[float, float]]) -> float:
     """How far the unexplained share fell over the second half of the epochs, relative to where that began."""
     epochs, left = np.array(curve, dtype=float).T
     middle = np.interp(epochs[-1] / 2, epochs, left)
-    return float(1 - left[epochs > epochs[-1] / 2].min() / middle)
+    return float(1 - left[epochs > epochs[-1] / 2].min() / middle) if middle > 0 else 0.0
 
 
 def _gap(records: Sequence[Mapping[str, Any]]) -> float | None:
     """How much validation loss over training loss has grown since the first quarter of the validations."""
     ratios = [one["val_loss"] / one["train_loss"] for one in records if one.get("train_loss")]
-    if len(ratios) < FEW_LOOKS:
-        return None
-    return ratios[-1] / min(ratios[: max(1, len(ratios) // 4)])
+    first = min(ratios[: max(1, len(ratios) // 4)], default=0.0)
+    return ratios[-1] / first if len(ratios) >= FEW_LOOKS and first > 0 else None

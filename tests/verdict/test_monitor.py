@@ -65,10 +65,10 @@ def test_a_look_takes_the_first_volumes_whatever_the_batch_size():
 
 @pytest.mark.parametrize(("cost", "looks"), [(0.5, 21), (1.5, 14), (30.0, 2)])
 def test_looks_that_would_take_more_than_a_twentieth_of_the_time_are_left_out(monkeypatch, cost, looks):
-    clock, original = {"now": 0.0}, monitor.look  # an epoch takes ten seconds, a look of one batch its cost
+    clock, original = {"now": 0.0}, monitor.look  # an epoch takes ten seconds, a look at a volume its cost
     monkeypatch.setattr(monitor.time, "monotonic", lambda: clock["now"])
     monkeypatch.setattr(monitor, "look", lambda *args: clock.update(now=clock["now"] + cost) or original(*args))
-    engine, found = evaluator(tiny(), last_epoch=40, batch_size=4), []
+    engine, found = evaluator(tiny(), last_epoch=40, num_volumes=1), []
     for epoch in range(1, 41):
         clock["now"] += 10
         found += looked(engine, [epoch])

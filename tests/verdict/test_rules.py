@@ -83,6 +83,10 @@ def test_a_network_that_leaves_nothing_had_little_to_learn(left, name):
     assert verdict(made([left] * 6)).name == name
 
 
+def test_losses_of_zero_are_too_easy_too():
+    assert verdict(made([0.0] * 6)).name == "too easy"
+
+
 def test_a_baseline_that_leaves_nothing_left_little_to_learn():
     assert verdict(made(falling(), val_baseline_blur=0.04)).name == "too easy"
 
@@ -123,7 +127,7 @@ def test_the_epochs_that_a_curve_suggests_are_where_a_fifth_more_brings_two_perc
     candidates = np.arange(20, 201)
     now, later = (0.3 + 0.5 * np.exp(-candidates * more / span) for more in (1, 1.2))
     expected = candidates[(now - later) < 0.02 * now][0]
-    assert suggested_epochs(curve) == pytest.approx(expected, rel=0.05)
+    assert suggested_epochs(curve) == pytest.approx(expected, rel=0.06)
 
 
 def test_a_curve_without_an_end_suggests_ten_times_as_many_epochs_and_one_at_its_end_none():
