@@ -12,6 +12,7 @@ import numpy as np
 __all__ = ["Facts", "Verdict", "judge"]
 
 EASY = 0.05  # unexplained, of the network or of a baseline, below which there was little to learn
+EVEN = 0.05  # standard deviation of hidden voxels, of the intensity window, below which they hardly differ
 NOISE = 0.95  # unexplained by the best baseline from which on visible patches say nothing of hidden ones
 NARROW = 2.0  # effective rank below which features have collapsed
 DEAD = 0.5  # share of dead channels above which they have
@@ -63,6 +64,7 @@ class Run:
         self.curve = [(one["epoch"], one["val_unexplained"]) for one in records if one["epoch"] > 0]
         self.curve = [point for point in self.curve if math.isfinite(point[1])]
         self.left = min((left for _, left in self.curve), default=math.nan)
+        self.contrast = _contrast(last)
         self.baseline = min(value for name, value in last.items() if name.startswith("val_baseline_"))
         looked = [one for one in records if "val_effective_rank" in one]
         self.features = {name: looked[-1].get(f"val_{name}") for name in SPREAD} if looked else {}
@@ -73,7 +75,8 @@ class Run:
     @property
     def figures(self) -> dict[str, float | None]:
         """What the rules looked at, by name."""
-        found = {"epochs": self.epochs, "unexplained": self.left, "best_baseline": self.baseline, "gap": self.gap,
+        found = {"epochs": self.epochs, "unexplained": self.left, "best_baseline": self.baseline,
+                 "contrast": self.contrast, "gap": self.gap,
                  "suggested_epochs": self.suggested, **self.features}  # fmt: skip
         return {name: None if value is None or not math.isfinite(value) else value for name, value in found.items()}
 
@@ -104,15 +107,15 @@ def diverged(run: Run) -> Finding | None:
 
 def too_easy(run: Run) -> Finding | None:
     """Hold where hidden voxels hardly differ, or hardly more than a blur of the visible ones tells."""
-    if run.left > EASY and run.baseline > EASY:
-        return None
-    if math.isnan(run.left):
-        reason = "all hidden voxels of the validation volumes have the same value"
-    else:
+    if run.contrast < EVEN:
+        reason = f"hidden voxels hardly differ: their standard deviation is {run.contrast:.1%} of the intensity window"
+    elif min(run.left, run.baseline) <= EASY:
         reason = (
             f"the network leaves {run.left:.1%} of the variance of hidden voxels unexplained, and what needs no "
             f"network {run.baseline:.1%}"
         )
+    else:
+        return None
     words = (
         f"{reason}, so there was little to learn and the features need not be good. Crops of padding, air or smooth "
         "volumes do this. Look at the reconstructions. --field_of_view foreground hides patches of the body alone; "
@@ -230,6 +233,15 @@ def _advice(run: Run) -> str:
     return f" By its curve, at least {run.suggested} epochs are worth it."
 
 
+def _contrast(record: Mapping[str, Any]) -> float:
+    """Standard deviation of the hidden voxels over the width of the intensity window, by what is known of their error.
+
+    The window's square is the squared error times what the PSNR says; the variance is that error over its share.
+    """
+    left = record["val_unexplained"]
+    return math.sqrt(10 ** (-record["val_psnr"] / 10) / left) if left > 0 else 0.0
+
+
 def _fall(curve: Sequence[tuple[float, float]]) -> float:
     """How far the unexplained share fell over the second half of the epochs, relative to where that began."""
     epochs, left = np.array(curve, dtype=float).T
@@ -238,7 +250,12 @@ def _fall(curve: Sequence[tuple[float, float]]) -> float:
 
 
 def _gap(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """How much validation loss over training loss has grown since the first quarter of the validations."""
+    """How much validation loss over training loss has grown since the first quarter of the validations.
+
+    A training loss is the mean over an epoch: in the first epochs, validation, behind them, is below it. That counts as
+    the same.
+    """
     ratios = [one["val_loss"] / one["train_loss"] for one in records if one.get("train_loss")]
-    first = min(ratios[: max(1, len(ratios) // 4)], default=0.0)
-    return ratios[-1] / first if len(ratios) >= FEW_LOOKS and first > 0 else None
+    if len(ratios) < FEW_LOOKS:
+        return None
+    return ratios[-1] / max(1.0, min(ratios[: len(ratios) // 4]))

@@ -86,7 +86,7 @@ def test_the_page_of_a_training_says_what_came_out_of_what(tmp_path, warned):
 
 
 JUDGED = {"val_baseline_mean": 0.9, "val_baseline_nearest": 0.9, "val_baseline_blur": 0.9, "val_effective_rank": 9.0,
-          "val_dead_channels": 0.0, "val_token_cosine": 0.5}  # fmt: skip
+          "val_psnr": 10.0, "val_dead_channels": 0.0, "val_token_cosine": 0.5}  # fmt: skip
 
 
 def test_a_pre_training_is_judged_on_its_page_in_a_file_and_in_the_log(tmp_path, caplog):

@@ -13,6 +13,7 @@ from scripts.verdict.rules import suggested_epochs
 # Recorded: pre-trainings of the small network on the T1 volumes of IXI, and what was made of them.
 RUNS = json.loads((Path(__file__).parent / "runs.json").read_text())
 BASELINES = {"val_baseline_mean": 0.7, "val_baseline_nearest": 1.1, "val_baseline_blur": 0.6}
+VARIANCE = 0.1  # of hidden voxels, of an intensity window of 1
 SPREAD = {"val_effective_rank": 20.0, "val_dead_channels": 0.0, "val_token_cosine": 0.4}
 
 
@@ -20,6 +21,7 @@ def made(left, train=None, **more):
     """Records of a run that validates every epoch: its curve, and training losses in proportion or given."""
     return [
         {"epoch": epoch, "train_loss": (train or left)[epoch - 1], "val_loss": value, "val_unexplained": value}
+        | {"val_psnr": 10 * math.log10(1 / (VARIANCE * value)) if value > 0 else math.inf}
         | BASELINES
         | SPREAD
         | more
@@ -70,7 +72,7 @@ def test_records_of_something_else_get_no_verdict():
 
 
 def test_an_untrained_networks_validation_is_no_part_of_the_curve():
-    untrained = {"epoch": 0, "train_loss": None, "val_loss": 9.0, "val_unexplained": 9.0} | BASELINES
+    untrained = {**made([9.0])[0], "epoch": 0, "train_loss": None}
     assert verdict([untrained, *made(falling())]) == verdict(made(falling()))
 
 
@@ -85,6 +87,13 @@ def test_a_network_that_leaves_nothing_had_little_to_learn(left, name):
 
 def test_losses_of_zero_are_too_easy_too():
     assert verdict(made([0.0] * 6)).name == "too easy"
+
+
+@pytest.mark.parametrize(("deviation", "name"), [(0.049, "too easy"), (0.06, "nothing to learn")])
+def test_voxels_that_hardly_differ_are_too_easy_also_where_nothing_explains_how(monkeypatch, deviation, name):
+    monkeypatch.setitem(globals(), "VARIANCE", deviation**2)
+    records = made([1.0] * 6, val_baseline_mean=1.0, val_baseline_blur=1.0)
+    assert verdict(records).name == name
 
 
 def test_a_baseline_that_leaves_nothing_left_little_to_learn():
@@ -117,6 +126,8 @@ def test_a_gap_that_was_there_from_the_start_is_no_over_fitting():
     curve = falling()
     apart = [value / 2 for value in curve]
     assert verdict(made(curve, train=apart)).name == "healthy"
+    late = [2 * curve[0], *curve[1:]]  # the first epoch's mean is of a network that knew nothing
+    assert verdict(made(curve, train=late)).name == "healthy"
     growing = [value / (1 + epoch / 20) for epoch, value in enumerate(curve)]
     assert verdict(made(curve, train=growing)).name == "over-fitted"
 
