@@ -18,7 +18,8 @@ NARROW = 2.0  # effective rank below which features have collapsed
 DEAD = 0.5  # share of dead channels above which they have
 ALIKE = 0.995  # cosine between tokens above which they have
 FLAT = 0.03  # relative fall of the unexplained share over the second half of a run below which nothing moves
-FEW_LOOKS = 4  # validations before which a curve says nothing
+FEW_LOOKS = 4  # validations before which nothing is said of where a run goes
+CURVE = 6  # validations before which it does not say how many epochs are worth it
 GAP = 1.25  # growth of validation loss over training loss from which on a network has learned its volumes by heart
 GAIN = 0.02  # relative fall that a fifth more epochs must bring to be worth it
 SHORT = 2.5  # times the epochs that were done which the curve suggests: from there on a run is under-trained
@@ -61,6 +62,7 @@ class Run:
     def __init__(self, records: Sequence[Mapping[str, Any]], facts: Facts) -> None:
         self.facts, last = facts, records[-1]
         self.epochs = last["epoch"]
+        self.ended = self.epochs < facts.max_epochs and not facts.stopped_early  # before its time
         self.curve = [(one["epoch"], one["val_unexplained"]) for one in records if one["epoch"] > 0]
         self.curve = [point for point in self.curve if math.isfinite(point[1])]
         self.left = min((left for _, left in self.curve), default=math.nan)
@@ -70,7 +72,7 @@ class Run:
         self.features = {name: looked[-1].get(f"val_{name}") for name in SPREAD} if looked else {}
         self.gap = _gap([one for one in records if one["epoch"] > 0])
         self.is_falling = len(self.curve) < FEW_LOOKS or _fall(self.curve) >= FLAT
-        self.suggested = suggested_epochs(self.curve) if len(self.curve) >= FEW_LOOKS else None
+        self.suggested = suggested_epochs(self.curve) if len(self.curve) >= CURVE else None
 
     @property
     def figures(self) -> dict[str, float | None]:
@@ -136,6 +138,19 @@ def nothing_to_learn(run: Run) -> Finding | None:
     return Finding("nothing to learn", words, "dataset_dir")
 
 
+def over_fitted(run: Run) -> Finding | None:
+    """Hold where the loss falls on training volumes only."""
+    if run.gap is None or run.gap < GAP:
+        return None
+    words = (
+        f"the validation loss has grown to {run.gap:.2f} times what it was beside the training loss at the beginning: "
+        f"the network learns its {run.facts.volumes} training volumes by heart. More volumes help most. With these, "
+        "turn and scale every draw (--affine_prob 1), mirror it where left and right may be exchanged "
+        "(--flip_prob 0.5), and train for fewer epochs; model.pt holds the best."
+    )
+    return Finding("over-fitted", words, "affine_prob")
+
+
 def collapsed(run: Run) -> Finding | None:
     """Hold where features say the same of all patches, or the error stands still above that of a baseline."""
     rank, dead, alike = (run.features.get(name) for name in SPREAD)
@@ -157,33 +172,19 @@ def collapsed(run: Run) -> Finding | None:
     return Finding("collapsed", words, "learning_rate")
 
 
-def over_fitted(run: Run) -> Finding | None:
-    """Hold where the loss falls on training volumes only."""
-    if run.gap is None or run.gap < GAP:
-        return None
-    words = (
-        f"the validation loss has grown to {run.gap:.2f} times what it was beside the training loss at the beginning: "
-        f"the network learns its {run.facts.volumes} training volumes by heart. More volumes help most. With these, "
-        "turn and scale every draw (--affine_prob 1), mirror it where left and right may be exchanged "
-        "(--flip_prob 0.5), and train for fewer epochs; model.pt holds the best."
-    )
-    return Finding("over-fitted", words, "affine_prob")
-
-
 def under_trained(run: Run) -> Finding | None:
     """Hold where the run ended before its time, or its curve falls on."""
-    ended = run.epochs < run.facts.max_epochs and not run.facts.stopped_early
     is_short = run.suggested is not None and run.suggested > SHORT * run.epochs
-    if not (ended or is_short or run.left >= run.baseline):
+    if not (run.ended or is_short or run.left >= run.baseline):
         return None
-    done = f"{run.epochs} of {run.facts.max_epochs} epochs are done" if ended else f"{run.epochs} epochs were few"
+    done = f"{run.epochs} of {run.facts.max_epochs} epochs are done" if run.ended else f"{run.epochs} epochs were few"
     beside = "less than" if run.left < run.baseline else "no less than"
     words = (
         f"{done}. The network leaves {run.left:.2f} of the variance of hidden voxels unexplained, {beside} what needs "
         f"no network ({run.baseline:.2f}).{_advice(run)}"
-        + (" --resume true goes on." if ended else " Start anew with more max_epochs: the rate falls to their end.")
+        + (" --resume true does the rest." if run.ended else " Start anew with more max_epochs: the rate falls to their end.")
     )
-    return Finding("under-trained", words, "resume" if ended else "max_epochs")
+    return Finding("under-trained", words, "resume" if run.ended else "max_epochs")
 
 
 def healthy(run: Run) -> Finding:
@@ -200,7 +201,7 @@ def healthy(run: Run) -> Finding:
 
 
 RULES: tuple[Callable[[Run], Finding | None], ...] = (
-    *(diverged, too_easy, nothing_to_learn, collapsed, over_fitted, under_trained, healthy),
+    *(diverged, too_easy, nothing_to_learn, over_fitted, collapsed, under_trained, healthy),
 )
 
 
@@ -227,9 +228,9 @@ def suggested_epochs(curve: Sequence[tuple[float, float]]) -> int:
 
 def _advice(run: Run) -> str:
     if run.suggested is None:
-        return f" A curve of {len(run.curve)} validations does not say how many epochs it takes."
+        return " It has too few validations to say how many epochs it takes."
     if run.suggested <= 1.05 * run.epochs:
-        return " By its curve, more epochs would bring little."
+        return "" if run.ended else " By its curve, more epochs would bring little."
     return f" By its curve, at least {run.suggested} epochs are worth it."
 
 

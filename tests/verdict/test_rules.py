@@ -66,6 +66,14 @@ def test_a_run_that_stopped_by_itself_is_not_under_trained():
     assert verdict(records, max_epochs=100, stopped_early=True).name == "healthy"
 
 
+def test_a_run_hears_how_many_epochs_are_worth_it_once_its_curve_says_so():
+    longer = made(falling(span=10.0))
+    assert "at least" in verdict(longer).paragraph
+    assert "more epochs would bring little" in verdict(made(falling(span=2.0))).paragraph
+    assert "would bring little" not in verdict(made(falling(span=2.0)), max_epochs=100).paragraph
+    assert "too few validations to say" in verdict(longer[:5], max_epochs=100).paragraph
+
+
 def test_records_of_something_else_get_no_verdict():
     assert judge([], Facts(3, 4)) is None
     assert judge([{"epoch": 1, "val_loss": 0.5, "train_loss": 0.5}], Facts(3, 4)) is None
@@ -73,7 +81,8 @@ def test_records_of_something_else_get_no_verdict():
 
 def test_an_untrained_networks_validation_is_no_part_of_the_curve():
     untrained = {**made([9.0])[0], "epoch": 0, "train_loss": None}
-    assert verdict([untrained, *made(falling())]) == verdict(made(falling()))
+    records = made(falling(span=10.0))
+    assert verdict([untrained, *records]) == verdict(records)
 
 
 def test_a_loss_that_is_not_finite_is_the_first_thing_to_say():
@@ -128,6 +137,8 @@ def test_a_gap_that_was_there_from_the_start_is_no_over_fitting():
     assert verdict(made(curve, train=apart)).name == "healthy"
     late = [2 * curve[0], *curve[1:]]  # the first epoch's mean is of a network that knew nothing
     assert verdict(made(curve, train=late)).name == "healthy"
+    by_heart = verdict(made([0.8] * 20, train=falling()))  # no better than a blur, and standing still
+    assert by_heart.name == "over-fitted"
     growing = [value / (1 + epoch / 20) for epoch, value in enumerate(curve)]
     assert verdict(made(curve, train=growing)).name == "over-fitted"
 
