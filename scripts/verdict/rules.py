@@ -143,7 +143,7 @@ def over_fitted(run: Run) -> Finding | None:
     if run.gap is None or run.gap < GAP:
         return None
     words = (
-        f"the validation loss has grown to {run.gap:.2f} times what it was beside the training loss at the beginning: "
+        f"validation loss over training loss has grown to {run.gap:.2f} times what it was at the beginning: "
         f"the network learns its {run.facts.volumes} training volumes by heart. More volumes help most. With these, "
         "turn and scale every draw (--affine_prob 1), mirror it where left and right may be exchanged "
         "(--flip_prob 0.5), and train for fewer epochs; model.pt holds the best."
@@ -182,7 +182,11 @@ def under_trained(run: Run) -> Finding | None:
     words = (
         f"{done}. The network leaves {run.left:.2f} of the variance of hidden voxels unexplained, {beside} what needs "
         f"no network ({run.baseline:.2f}).{_advice(run)}"
-        + (" --resume true does the rest." if run.ended else " Start anew with more max_epochs: the rate falls to their end.")
+        + (
+            " --resume true does the rest."
+            if run.ended
+            else " Start anew with more max_epochs: the rate ends with them."
+        )
     )
     return Finding("under-trained", words, "resume" if run.ended else "max_epochs")
 
