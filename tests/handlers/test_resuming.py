@@ -198,17 +198,10 @@ def test_a_second_run_is_refused_while_the_first_one_trains(cohort, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["preempted", "killed"])
 def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, tmp_path, number):
-    settings = {
-        "dataset_dir": cohort,
-        "max_epochs": 4 * KILLS,
-        "iterations_per_epoch": 20,
-        "accumulation_steps": 3,
-        "val_interval": 2,
-        "resume": "true",
-        "precision": "fp32",
-        "figure_interval": 100,
-        "monitor_interval": "null",
-    }  # fmt: skip (which looks are affordable depends on the clock)
+    settings = {"dataset_dir": cohort, "max_epochs": 4 * KILLS, "iterations_per_epoch": 20, "accumulation_steps": 3,
+                "val_interval": 2, "resume": "true", "precision": "fp32", "figure_interval": 100,
+                "monitor_interval": "null"}  # fmt: skip
+    # No looks at the features: which of them are affordable depends on the clock.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(output_dir=whole, **settings).returncode == 0
     rng, interruptions = random.Random(0), 0  # noqa: S311
