@@ -127,6 +127,13 @@ def as_written(name: str) -> Any:
     return caller(ConfigParser)[name]
 
 
+def labelled(name: str) -> Any:
+    """Build an entry of the config anew, as it is where cases come with a ``label``: it stays on its image's voxels."""
+    parser = caller(ConfigParser)
+    changes = {"files": ["image", "label"], "aligned": ["image", "label"], "field_of_view": "none"}
+    return ConfigParser({**parser.get(), **changes}, globals=parser.globals).get_parsed_content(name)
+
+
 def settings() -> dict[str, Setting]:
     """Tell what every knob of a run is, for its report: as a component of the config."""
     parser = caller(ConfigParser)

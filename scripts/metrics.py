@@ -17,7 +17,7 @@ from .losses import MaskedLoss
 from .networks.patches import unpatchify
 
 __all__ = ["BoundedHausdorffMetric", "HiddenVoxelMetrics", "MaskedLossMetrics", "StemTuningMetrics"]
-__all__ += ["assemble", "composite", "voxel_mask"]
+__all__ += ["SumMetric", "assemble", "composite", "over_variance", "voxel_mask"]
 
 SSIM_WINDOW, SSIM_SIGMA = 7, 1.5  # voxels, the values of Wang et al. 2004
 
@@ -40,7 +40,12 @@ def composite(volume: Tensor, prediction: dict[str, Tensor]) -> Tensor:
     return torch.where(hidden, prediction["reconstructed_cube"].to(volume.dtype), volume)
 
 
-class _SumMetric(Metric):
+def over_variance(mse: float, mean: float, square: float) -> float:
+    """Divide a mean squared error by the variance of voxels, given their mean and that of their squares."""
+    return mse / variance if (variance := square - mean**2) > 0 else math.nan
+
+
+class SumMetric(Metric):
     """Figures that follow from sums over the validation set of all ranks; index it by their names to attach one.
 
     Subclasses say what a batch adds (``_summands`` of its output under ``keys``) and what sums mean (``_figures``).
@@ -66,7 +71,7 @@ class _SumMetric(Metric):
         return self._figures(self._sums)
 
 
-class HiddenVoxelMetrics(_SumMetric):
+class HiddenVoxelMetrics(SumMetric):
     """How well hidden voxels are rebuilt, over all hidden voxels of the validation set together.
 
     Computes ``mse``, ``mae``, ``psnr`` (dB), ``ssim`` (Gaussian window of 7³ voxels, sigma 1.5, on the volume with
@@ -92,11 +97,10 @@ class HiddenVoxelMetrics(_SumMetric):
     def _figures(self, sums: Tensor) -> dict[str, float]:
         mse, mae, ssim, mean, square = (sums[1:] / sums[0].item()).tolist()
         psnr = 10 * math.log10(self.data_range**2 / mse) if mse > 0 else math.inf
-        unexplained = mse / variance if (variance := square - mean**2) > 0 else math.nan
-        return {"mse": mse, "mae": mae, "psnr": psnr, "ssim": ssim, "unexplained": unexplained}
+        return {"mse": mse, "mae": mae, "psnr": psnr, "ssim": ssim, "unexplained": over_variance(mse, mean, square)}
 
 
-class MaskedLossMetrics(_SumMetric):
+class MaskedLossMetrics(SumMetric):
     """A masked loss, ``loss``, and its components by name, over all hidden patches of the validation set together."""
 
     def __init__(self, loss: MaskedLoss) -> None:
@@ -117,7 +121,7 @@ class MaskedLossMetrics(_SumMetric):
         return {"loss": sum(weight * parts[name] for name, weight in self.loss.weights.items()), **parts}
 
 
-class StemTuningMetrics(_SumMetric):
+class StemTuningMetrics(SumMetric):
     """How far the whole-volume network is from the original in patch mode, over the validation set.
 
     Computes ``volumetric`` and ``patch_mode`` (mean squared error of all voxels, rebuilt either way),

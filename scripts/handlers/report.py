@@ -23,14 +23,16 @@ from ignite.engine import Engine, Events
 
 from .. import machine
 from ..data.describing import Case
-from ..weights import bundle_version
+from ..engines.trainer import NonFiniteLossError
+from ..verdict.rules import Facts, Verdict, judge
+from ..weights import bundle_version, checkpoints
 from .pages import Element, chart, details, element, picture, section, table, write
 
 __all__ = ["Setting", "TrainingReport", "WarningLog"]
 
 logger = logging.getLogger(__name__)
 
-PAGE = "report.html"
+PAGE, VERDICT = "report.html", "verdict.json"
 LISTED = 500  # cases or warnings on a page, at most
 TITLES = {
     "pretraining": "Pre-training",
@@ -45,6 +47,9 @@ MEANINGS = {
     "loss": "what is trained to be small",
     "objective": "what is tuned to be small",
     "unexplained": "squared error on hidden voxels over their variance: 1 for a constant guess, 0 for perfection",
+    "baseline_mean": "the same of the mean of the visible patches around",
+    "baseline_nearest": "of the nearest visible patch",
+    "baseline_blur": "of a blur of the visible voxels",
     "learning_rate": "at the start of an epoch",
     "structural": "the structural loss, whatever is trained: to compare runs",
     "mse": "squared error on hidden voxels",
@@ -61,6 +66,22 @@ MEANINGS = {
     "feature_cosine": "likeness of a whole volume's features to those of patch mode: 1 is the same",
     "volumetric": "squared error of whole volumes, rebuilt",
     "patch_mode": "squared error of the network that was not tuned, in patch mode: the goal",
+}
+# Of the features of validation volumes: a section of their own.
+FEATURES = {
+    "effective_rank": "directions along which the features vary: more is better",
+    "dead_channels": "share of the channels that never vary: 0 is best",
+    "token_cosine": "likeness of the tokens of a volume: near 1 they all say the same",
+    "shift_change": "how far tokens move when the volume moves by a patch and they are moved back, relative to "
+    "unrelated tokens: 0 is not at all",
+    "turn_change": "the same, when the volume turns until its border moves by a quarter of a patch",
+    "intensity_change": "the same, when its contrast grows by a tenth",
+    "mirror_change": "the same, when left and right are exchanged; of volumes that are symmetric themselves",
+    "patient_ratio": "distance between volumes over that between two crops of one: more is better",
+    "probe_r2": "share of the variance of the label fractions that a linear map reads off frozen tokens",
+    "probe_linear": "share of the cases classified rightly, or of the variance explained, from frozen embeddings",
+    "probe_neighbours": "the same by the nearest neighbours",
+    "monitor_seconds": "what the look has taken",
 }
 FOLDS = {"train": "training", "val": "validation", "": ""}
 FIRST = ("loss", "objective", "dice", "auroc", "r2", "unexplained", "feature_cosine", "hausdorff", "learning_rate")
@@ -104,6 +125,8 @@ class WarningLog(logging.Handler):
 class TrainingReport:
     """Write ``report.html``, whole or not at all, after every validation and at the end.
 
+    Of a pre-training also ``verdict.json``, and the log says the verdict at the end.
+
     Attach to the trainer behind the MetricsRecorder. A page that cannot be written is logged, and the run goes on.
     """
 
@@ -121,6 +144,7 @@ class TrainingReport:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.end_iteration)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.follow)
             engine.add_event_handler(Events.COMPLETED, self.finish)
+            engine.add_event_handler(Events.EXCEPTION_RAISED, self.tell_failure)
 
     def start(self, _: Engine) -> None:
         """Look at the clock."""
@@ -145,36 +169,58 @@ class TrainingReport:
             epoch, last = engine.state.epoch, engine.state.max_epochs
             left = timedelta(seconds=round(_usual_seconds(records) * (last - epoch)))
             state = f"Epoch {epoch} of {last} when this page was written. About {left} h to go."
-            self._write(records, state if epoch < last else "The last epoch is done.", last)
+            self._write(records, state if epoch < last else "The last epoch is done.", self._facts(last))
 
     def finish(self, engine: Engine) -> None:
         """Write the page of a run that has ended."""
         if records := self._records():
             epoch, last = engine.state.epoch, engine.state.max_epochs
             early = f"Stopped after epoch {epoch} of {last}: no better validation for long."
-            self._write(records, early if epoch < last else f"Finished after {epoch} epochs.", last)
+            state = early if epoch < last else f"Finished after {epoch} epochs."
+            self._end(records, state, self._facts(last, stopped_early=epoch < last))
+
+    def tell_failure(self, engine: Engine, error: BaseException) -> None:
+        """Write the page of a run whose loss is not finite; whoever comes behind raises the error."""
+        if isinstance(error, NonFiniteLossError) and (records := self._records()):
+            facts = self._facts(engine.state.max_epochs, failure=str(error))
+            self._end(records, f"Ended in epoch {engine.state.epoch} by an error: {error}.", facts)
+
+    def _end(self, records: Sequence[dict[str, Any]], state: str, facts: Facts) -> None:
+        if (verdict := self._write(records, state, facts)) is not None:
+            logger.info("verdict: %s", verdict.paragraph)
+
+    def _facts(self, max_epochs: int, **more: Any) -> Facts:
+        return Facts(max_epochs, len(self.cases.get("training", ())), **more)
 
     def _records(self) -> list[dict[str, Any]]:
         path = Path(self.output_dir) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def _write(self, records: Sequence[dict[str, Any]], state: str, last: int) -> None:
+    def _write(self, records: Sequence[dict[str, Any]], state: str, facts: Facts) -> Verdict | None:
         folder, title, validated = Path(self.output_dir), titled(self.settings), self.validator.state
         best = validated.best_metric_epoch
         counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in self.cases.items())
+        verdict = None
+        with spared(folder / VERDICT):
+            if (verdict := judge(records, facts)) is not None:
+                checkpoints.save_text(json.dumps(verdict._asdict(), indent=1) + "\n", folder / VERDICT)
+        judged = [] if verdict is None else [verdict.paragraph]
+        outcome = _outcome(records, best, validated.key_metric_name, facts.max_epochs)
         with spared(folder / PAGE):
             write(
                 folder / PAGE,
                 title,
-                *heading(title, [state, *_verdict(records, best, validated.key_metric_name, last)]),
+                *heading(title, [*judged, state, *outcome]),
                 section("Curves", *_curves(records, best)),
                 section("Metrics", _metrics(records, best)),
+                *_features(records, best),
                 *_scores(folder),
                 *_last_figure(folder / "figures"),
                 section("Volumes", element("p", counts, "."), *(_names(*fold) for fold in self.cases.items())),
                 section("Time and memory", table(("", ""), self._costs(records))),
                 *about_run(self.settings),
             )
+        return verdict
 
     def _costs(self, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         costs = [
@@ -237,7 +283,7 @@ def memory() -> list[tuple[str, str]]:
     return lines
 
 
-def _verdict(records: Sequence[dict[str, Any]], best: int, key: str, last: int) -> list[str]:
+def _outcome(records: Sequence[dict[str, Any]], best: int, key: str, last: int) -> list[str]:
     found = next((record for record in records if record["epoch"] == best), None)
     if found is None:
         return ["No validation has a best epoch yet."]
@@ -256,16 +302,10 @@ def _verdict(records: Sequence[dict[str, Any]], best: int, key: str, last: int) 
 
 def _curves(records: Sequence[dict[str, Any]], best: int) -> list[Element]:
     """Draw every quantity, that of training and that of validation together; the telling ones first."""
-    quantities: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for record in records:
-        for name in record.keys() - {"epoch", "iteration", "seconds"}:
-            fold, quantity = name.split("_", 1) if name.startswith(("train_", "val_")) else ("", name)
-            if (value := record[name]) is not None:
-                lines = quantities.setdefault(quantity, {})
-                lines.setdefault(FOLDS[fold], []).append((record["epoch"], value))
     charts = {
         name: chart(name.replace("_", " "), MEANINGS.get(name, ""), dict(sorted(lines.items())), best)
-        for name, lines in sorted(quantities.items())
+        for name, lines in sorted(_quantities(records).items())
+        if name not in FEATURES
     }
     telling = [charts.pop(name) for name in FIRST if name in charts]
     note = element("p", "Over epochs. The dotted line is the best one.", class_="soft")
@@ -273,12 +313,37 @@ def _curves(records: Sequence[dict[str, Any]], best: int) -> list[Element]:
     return [note, element("div", *telling, class_="grid"), *rest]
 
 
+def _features(records: Sequence[dict[str, Any]], best: int) -> list[Element]:
+    """Draw the figures of the features, where they were looked at."""
+    found = _quantities(records)
+    charts = [chart(name.replace("_", " "), about, found[name], best) for name, about in FEATURES.items()
+              if name in found]  # fmt: skip
+    note = "Of frozen features of a few validation volumes, each patch embedded alone, nothing hidden."
+    grid = element("div", *charts, class_="grid")
+    return [section("Features", element("p", note, class_="soft"), grid)] if charts else []
+
+
+def _quantities(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Gather points of epoch and value by quantity and line; what needs no network is a line beside the network's."""
+    quantities: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in records:
+        for name in record.keys() - {"epoch", "iteration", "seconds"}:
+            fold, quantity = name.split("_", 1) if name.startswith(("train_", "val_")) else ("", name)
+            kind, _, line = quantity.partition("_")
+            quantity, line = ("unexplained", f"{line}, no network") if kind == "baseline" else (quantity, FOLDS[fold])
+            if (value := record[name]) is not None:
+                quantities.setdefault(quantity, {}).setdefault(line, []).append((record["epoch"], value))
+    return quantities
+
+
 def _metrics(records: Sequence[dict[str, Any]], best: int) -> Element:
     """Set the first, the best and the last validation side by side."""
     chosen = {"first": records[0], "best": next((one for one in records if one["epoch"] == best), {}),
               "last": records[-1]}  # fmt: skip
     head = ["", *(f"{name}, epoch {one['epoch']}" if one else name for name, one in chosen.items()), "what it is"]
-    names = [name for name in records[-1] if name.startswith(("train_", "val_"))]
+    names = [
+        name for name in records[-1] if name.startswith(("train_", "val_")) and name.partition("_")[2] not in FEATURES
+    ]
     return table(
         head,
         (

@@ -86,12 +86,15 @@ class Checkpointing:
             self.restore(engine)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.request_end)
+        # Raising ends what is done about an error: that comes last.
+        engine.remove_event_handler(self.end_after_exception, Events.EXCEPTION_RAISED)
         for event, handler in (
             (Events.STARTED, self.finish_start),
             (Events.ITERATION_COMPLETED, self.end_within_epoch),
             (Events.EPOCH_COMPLETED, self.save),
             (Events.EPOCH_COMPLETED, self.end_between_epochs),
             (Events.COMPLETED, self.unlock),
+            (Events.EXCEPTION_RAISED, self.end_after_exception),
         ):
             if not engine.has_event_handler(handler, event):
                 engine.add_event_handler(event, handler)

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-__all__ = ["FrozenProbe"]
+from ..data.describing import Case
+from ..mistakes import reason
+
+__all__ = ["FewCasesProbe", "FrozenProbe"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,66 @@ class FrozenProbe:
             else:
                 fractions.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
         return torch.cat(features), classes or torch.cat(fractions)
+
+
+@dataclass(eq=False)
+class FewCasesProbe:
+    """Read labels or classes off the features of a network in training, on a few cases: for its verdict.
+
+    They are what the cases of the training happen to come with, and need not be of any use: those that cannot be read
+    are logged, and there is no probe.
+    """
+
+    cases: Mapping[str, Sequence[Case]]  # by fold
+    transform: Callable[[dict[str, Any]], dict[str, Any]]  # prepares a case, its label map too if it has one
+    most: int  # cases of each fold
+    patch_size: int  # P, in voxels
+
+    def __post_init__(self) -> None:
+        self.read: list[list[dict[str, Any]]] | None = None
+        folds = [self.cases[fold] for fold in ("training", "validation")]
+        pairs = (
+            [[case for case in fold if has(case)][: self.most] for fold in folds] for has in (_has_label, _has_class)
+        )
+        self.chosen = next((pair for pair in pairs if min(map(len, pair)) > 1), None)
+
+    def score(self, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Fit on training cases and score on validation cases, or return nothing where there is nothing to read.
+
+        Args:
+            encode: maps a volume ``(B, C, D, H, W)`` to features ``(B, C, D/P, H/P, W/P)``.
+
+        Returns:
+            ``probe_r2`` of the tokens, where there are label maps, ``probe_linear`` and ``probe_neighbours`` of the
+            embeddings: see :meth:`FrozenProbe.run`.
+        """
+        if self.chosen is None:
+            return {}
+        try:
+            self.read = self.read or [[self.transform(case) | {"class": case.get("class")} for case in fold]
+                                      for fold in self.chosen]  # fmt: skip
+            return self._scores(encode)
+        except Exception as error:
+            logger.warning("the features are not probed: %s", reason(error))
+            self.chosen = None
+            return {}
+
+    def _scores(self, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        features = [torch.cat([encode(case["image"][None]).float().flatten(2).mT.cpu() for case in fold])
+                    for fold in self.read]  # fmt: skip
+        (train, val), scores = features, {}
+        if "label" in self.read[0][0]:
+            most = int(max(case["label"].max() for case in self.read[0]))
+            targets = [torch.cat([label_fractions(case["label"][None], most, self.patch_size) for case in fold])
+                       for fold in self.read]  # fmt: skip
+            found, _ = fit_best(ridge, PENALTIES, (train, targets[0]), val, mean_r_squared)
+            scores["probe_r2"] = mean_r_squared(found, targets[1])
+            targets, score = [fractions.mean(dim=1) for fractions in targets], mean_r_squared
+        else:
+            own = [[str(case["class"]) for case in fold] for fold in self.read]
+            targets, score = [_one_hot(names, sorted({*own[0], *own[1]})) for names in own], accuracy
+        found = probe_embeddings((train.mean(dim=1), targets[0]), (val.mean(dim=1), targets[1]), score)
+        return scores | {"probe_linear": found["linear"], "probe_neighbours": found["neighbours"]}
 
 
 def probe_tokens(train: Cases, val: Cases) -> dict[str, Any]:
@@ -187,6 +250,14 @@ def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) ->
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randint(len(target), (len(target),), generator=generator) for _ in range(resamples))
     return torch.stack([r_squared(prediction[draw], target[draw]).nanmean() for draw in draws]).std().item()
+
+
+def _has_label(case: Case) -> bool:
+    return "label" in case and Path(case["label"]).exists()
+
+
+def _has_class(case: Case) -> bool:
+    return "class" in case
 
 
 def _one_hot(own: list[str], names: list[str]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from conftest import asks_for_nothing, drawn_by_a_browser, started
 from ignite.engine import Engine, Events, State
 
+from scripts.engines import NonFiniteLossError
 from scripts.handlers import MetricsRecorder, Setting, TrainingReport, WarningLog, pages, report
 
 EVIL = "<script><img src=x onerror=alert(1)>&"
@@ -23,9 +24,15 @@ SETTINGS = {
 }
 
 
-def run(folder, epochs=3, stop_after=None, settings=SETTINGS, seen=None):
+def raise_again(_, error):
+    """What Checkpointing does, behind the others."""
+    raise error
+
+
+def run(folder, epochs=3, stop_after=None, settings=SETTINGS, seen=None, more=None):
     """Train nothing for some epochs, validated by made-up figures, the second the best; return the page's text."""
     metrics = [{"val_loss": loss, "val_unexplained": 2 * loss} for loss in (0.5, 0.125, 0.25)]
+    metrics = [figures | (more or {}) for figures in metrics]
     validator = SimpleNamespace(state=State(best_metric_epoch=-1, key_metric_name="val_loss", metrics={}))
     trainer = Engine(lambda *_: {"loss": torch.tensor(1.0)})
     trainer.optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
@@ -40,6 +47,7 @@ def run(folder, epochs=3, stop_after=None, settings=SETTINGS, seen=None):
     MetricsRecorder(folder / "metrics.jsonl", validator).attach(trainer)
     cases = {"training": [{"case": EVIL}, {"case": "b"}], "validation": [{"case": "c"}]}
     TrainingReport(folder, validator, cases, settings).attach(trainer)
+    trainer.add_event_handler(Events.EXCEPTION_RAISED, raise_again)
     if seen:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, seen)
     trainer.run([0], max_epochs=epochs)
@@ -75,6 +83,47 @@ def test_the_page_of_a_training_says_what_came_out_of_what(tmp_path, warned):
         assert words in page, words
     assert "not this" not in page
     assert "All 3 knobs" in page
+
+
+JUDGED = {"val_baseline_mean": 0.9, "val_baseline_nearest": 0.9, "val_baseline_blur": 0.9, "val_effective_rank": 9.0,
+          "val_psnr": 10.0, "val_dead_channels": 0.0, "val_token_cosine": 0.5}  # fmt: skip
+
+
+def test_a_pre_training_is_judged_on_its_page_in_a_file_and_in_the_log(tmp_path, caplog):
+    caplog.set_level("INFO")
+    page = run(tmp_path, more=JUDGED)
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["name"] == "healthy"
+    assert verdict["figures"]["effective_rank"] == 9
+    assert page.index(verdict["paragraph"]) < page.index("Finished after 3 epochs.")
+    assert f"verdict: {verdict['paragraph']}" in caplog.text
+    features, curves = page[page.index('id="features"') :], page[page.index('id="curves"') : page.index('id="metrics"')]
+    assert "directions along which the features vary" in features
+    assert "effective rank" not in curves
+    assert "<title>blur, no network epoch 2: 0.9</title>" in curves
+
+
+def test_other_runs_get_no_verdict(tmp_path, caplog):
+    caplog.set_level("INFO")
+    page = run(tmp_path)
+    assert not (tmp_path / "verdict.json").exists()
+    assert "verdict: " not in caplog.text
+    assert 'id="features"' not in page
+
+
+def test_a_run_is_judged_as_far_as_it_has_come_and_when_its_loss_ends_it(tmp_path):
+    found = []
+
+    def fail(engine):
+        found.append(json.loads((tmp_path / "verdict.json").read_text()))
+        if engine.state.epoch == 2:
+            raise NonFiniteLossError("the loss is nan <b>")
+
+    with pytest.raises(NonFiniteLossError, match="the loss is nan"):
+        run(tmp_path, seen=fail, more=JUDGED)
+    assert [verdict["name"] for verdict in found] == ["under-trained", "under-trained"]
+    assert json.loads((tmp_path / "verdict.json").read_text())["name"] == "diverged"
+    assert "Ended in epoch 2 by an error: the loss is nan &lt;b&gt;." in (tmp_path / "report.html").read_text()
 
 
 def test_no_text_from_outside_becomes_markup_and_the_page_asks_for_nothing(tmp_path, warned):

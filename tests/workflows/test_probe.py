@@ -6,11 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS, bundle, noise, tiny, write_volume
+from conftest import ROOT, TINY_KNOBS, bundle, noise, started, tiny, write_volume
 
 from scripts.data import labelled
 from scripts.experiments.peers import ViTMAE
-from scripts.workflows import FrozenProbe
+from scripts.workflows import FewCasesProbe, FrozenProbe
 from scripts.workflows.probe import accuracy, fit_best, label_fractions, nearest_neighbours, r_squared, ridge
 
 
@@ -157,3 +157,77 @@ def test_the_setting_is_chosen_on_every_fourth_training_case_and_the_penalty_is_
         fit_best(ridge, (1.0, 2.0), (noise(1, 6, 3), noise(1, 6, 2)), new, accuracy)[1] == 1.0
     )  # too few to choose by
     assert ridge(0.5, rows=40).alpha == 20
+
+
+def few_cases(path, **about):
+    """Cases whose label is the bright part of their image, or whose class says whether the whole is bright."""
+    path.touch()
+    names = ("label", "class")
+    return {
+        fold: [
+            {"case": f"{fold}_{number}", "seed": number + 100 * (fold == "validation")}
+            | {
+                name: value
+                for name, value in (("label", path), ("class", number % 2))
+                if name in about and name in names
+            }
+            for number in range(5)
+        ]
+        for fold in ("training", "validation")
+    }
+
+
+def prepared(case):
+    image = noise(1, 16, 16, 16, seed=case["seed"]) + 3 * case.get("class", 0)
+    return {"image": image} | ({"label": (image > 0).float()} if "label" in case else {})
+
+
+def share_of_bright(volume):
+    return torch.nn.functional.avg_pool3d((volume > 0).float(), 8)
+
+
+def test_a_training_is_probed_by_what_its_cases_come_with(tmp_path):
+    labels = FewCasesProbe(few_cases(tmp_path / "label", label=True), prepared, 4, 8).score(share_of_bright)
+    assert labels["probe_r2"] == pytest.approx(1, abs=1e-3)
+    assert labels["probe_linear"] == pytest.approx(1, abs=1e-2)
+    classes = FewCasesProbe(few_cases(tmp_path / "label", **{"class": 1}), prepared, 4, 8).score(share_of_bright)
+    assert classes == {"probe_linear": 1.0, "probe_neighbours": 1.0}
+    assert FewCasesProbe(few_cases(tmp_path / "label"), prepared, 4, 8).score(share_of_bright) == {}
+
+
+def test_cases_of_a_training_are_read_once_and_what_cannot_be_read_is_logged_once(tmp_path, caplog):
+    read = []
+    cases = few_cases(tmp_path / "label", label=True)
+    probe = FewCasesProbe(cases, lambda case: read.append(case["case"]) or prepared(case), 3, 8)
+    assert probe.score(share_of_bright) == probe.score(share_of_bright)
+    assert len(read) == 6
+
+    def refuse(case):
+        raise OSError("no label map")
+
+    probe = FewCasesProbe(cases, refuse, 3, 8)
+    assert probe.score(share_of_bright) == probe.score(share_of_bright) == {}
+    assert caplog.text.count("the features are not probed: no label map") == 1
+
+
+def test_label_maps_of_a_training_are_prepared_as_their_images_are(tmp_path):
+    for number in range(6):
+        path = write_volume(tmp_path / f"imagesTr/case_{number}.nii.gz", shape=(48, 40, 40), seed=number)
+        image = nib.load(path)
+        label = (image.get_fdata() > 500).astype(np.uint8)
+        (tmp_path / "labelsTr").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(label, image.affine), tmp_path / f"labelsTr/case_{number}.nii.gz")
+    entries = [{"image": f"imagesTr/case_{n}.nii.gz", "label": f"labelsTr/case_{n}.nii.gz"} for n in range(6)]
+    folds = {"training": entries[:3], "validation": entries[3:]}
+    (tmp_path / "list.json").write_text(json.dumps(folds))
+    knobs = TINY_KNOBS | {"field_of_view": "foreground", "device": "cpu"}
+    workflow = started(dataset_dir=str(tmp_path / "list.json"), output_dir=str(tmp_path / "out"), **knobs)
+    *_, monitor = (one for one in workflow.parser.get_parsed_content("validate::handlers") if hasattr(one, "probe"))
+    scores = monitor.probe.score(lambda volume: torch.nn.functional.avg_pool3d(volume, 8))
+    assert set(scores) == {"probe_r2", "probe_linear", "probe_neighbours"}
+    for case in monitor.probe.read[0]:
+        assert case["image"].shape == case["label"].shape == (1, 32, 32, 32)
+        bright, dark = (case["image"][case["label"] == value] for value in (1, 0))
+        assert bright.min() > dark.max()
+    usual = next(iter(workflow.parser.get_parsed_content("validate::dataset")))
+    assert torch.equal(usual["image"], monitor.probe.read[1][0]["image"])
