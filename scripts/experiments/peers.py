@@ -113,9 +113,9 @@ class ViTEncoder(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Map ``(B, in_chans, *img_size)`` to ``(B, C, D/P, H/P, W/P)``."""
-        return self.forward_with_skips(volume)[-1]
+        return self.forward_intermediates(volume)[-1]
 
-    def forward_with_skips(self, volume: Tensor) -> tuple[Tensor, ...]:
+    def forward_intermediates(self, volume: Tensor) -> tuple[Tensor, ...]:
         """Return log2(P) - 1 hidden states at even distances, shallowest first, as UNETR takes, then the features."""
         tokens = self.patch_embedding(volume)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)

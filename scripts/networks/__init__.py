@@ -1,4 +1,4 @@
-"""The networks: encoder, masked autoencoder, and what stands on an encoder: a decoder of label maps or a linear head."""
+"""The networks: encoder, masked autoencoder, and what stands on an encoder: decoder and linear head."""
 
 # flake8: noqa: F403 (the public names are those in the `__all__` of each module)
 from .bertswin_mae import *

@@ -163,9 +163,19 @@ class BertsWinEncoder(nn.Module):
 
         Finest first, ``(B, stem_base_dim · 2^i, D/2^(i+1), …)`` each.
         """
+        *intermediates, features = self.forward_intermediates(volume)
+        return (*intermediates[: len(self.stem.stages)], features)
+
+    def forward_intermediates(self, volume: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`forward_with_skips`, and before the features what comes out of the Swin blocks on the way.
+
+        After a third of the blocks and after two thirds, ``(B, C, D/P, H/P, W/P)`` each.
+        """
         self.check_volume(volume)
         tokens, skips = maybe_checkpointed(self.stem.forward_with_skips, volume, self.activation_checkpointing)
-        return (*skips, self.encode(tokens))
+        depth = len(self.swin.blocks)
+        depths = sorted({depth // 3, 2 * depth // 3, depth} - {0})
+        return (*skips, *self.swin.hidden_states(tokens + self.positions, depths))
 
     def embed(self, volume: Tensor) -> Tensor:
         """Run the stem on whole volumes or single patches: ``(B, in_chans, D, H, W)`` to ``(B, C, D/P, H/P, W/P)``."""

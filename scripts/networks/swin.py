@@ -46,13 +46,20 @@ class SwinLayer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(B, C, D/P, H/P, W/P)`` to features of the same shape; a ValueError for tokens of another grid."""
+        return self.hidden_states(tokens, [len(self.blocks)])[0]
+
+    def hidden_states(self, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """As :meth:`forward`, but return what comes out of some of the blocks, which count from 1."""
         grid_size = self.blocks[0].grid_size
         if tuple(tokens.shape[2:]) != grid_size:
             raise ValueError(f"tokens lie on a grid of {tuple(tokens.shape[2:])}, built for {grid_size}")
         tokens = rearrange(tokens, "b c d h w -> b d h w c").contiguous()
-        for block in self.blocks:
+        states = []
+        for depth, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
-        return rearrange(tokens, "b d h w c -> b c d h w")
+            if depth in depths:
+                states.append(rearrange(tokens, "b d h w c -> b c d h w"))
+        return states
 
 
 class SwinBlock(SwinTransformerBlock):

@@ -2,6 +2,7 @@
 
 # flake8: noqa: F403 (the public names are those in the `__all__` of each module)
 from .classification import *
+from .discriminant import *
 from .embedding import *
 from .features import *
 from .federated import *

@@ -49,16 +49,17 @@ def test_any_encoder_and_patch_size_gives_logits_of_every_voxel(kind, patch_size
     assert not {name for name in without if "norm_cross_attn" not in name and "position_embeddings" not in name}
 
 
-def test_every_skip_reaches_the_logits():
+def test_every_map_of_the_encoder_reaches_the_logits():
     network = SegmentationNetwork(encoder(), out_channels=2, feature_size=4).eval()
     volume = noise(1, 1, 32, 32, 32)
-    *skips, features = network.encoder.forward_with_skips(volume)
+    maps = network.encoder.forward_intermediates(volume)
+    assert [tuple(each.shape[2:]) for each in maps] == [(16,) * 3, (8,) * 3, (4,) * 3, (4,) * 3, (4,) * 3]
     with torch.no_grad():
         before = network(volume)
-        for place in (0, 1, 3):  # 2 lies on the grid of the features, which hold it
-            changed = [*skips, features]
+        for place in range(len(maps)):
+            changed = list(maps)
             changed[place] = changed[place] + noise(*changed[place].shape)
-            network.encoder.forward_with_skips = lambda _, changed=changed: changed
+            network.encoder.forward_intermediates = lambda _, changed=changed: tuple(changed)
             assert not torch.allclose(network(volume), before, atol=1e-3)
 
 

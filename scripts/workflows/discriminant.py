@@ -1,0 +1,115 @@
+"""Where a segmentation network starts: from what its tokens tell of the labels, by discriminant analysis."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from ignite.engine import Engine, Events
+from monai.networks import one_hot
+from monai.networks.utils import eval_mode
+from monai.utils import CommonKeys as Keys
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ..engines import AutocastInferer
+from ..networks import SegmentationNetwork
+
+__all__ = ["DiscriminantStart", "discriminants"]
+
+logger = logging.getLogger(__name__)
+
+SHRINKAGE = 0.03  # of the covariance, towards its diagonal
+RARE = 1e-5  # share of the tokens that every class gets at the mean of all
+FLOOR = 1e-7  # least prior of a class
+TEMPER = 0.5  # of the logits: tokens are not quite normal, and the answers too sure
+
+
+@dataclass(eq=False)
+class DiscriminantStart:
+    """Before the first step, put a network's linear map where the labels of some draws say.
+
+    A head that starts at random is taught first what a closed form knows: the steps go into that, and the gradients of
+    a head that knows nothing spoil the features of a pre-trained encoder (Kumar et al. 2022). Attach to the trainer
+    behind what resumes a run. A network without such a map starts as it is.
+    """
+
+    network: nn.Module
+    draws: Iterable[dict[str, Tensor]] | None  # batches of `image` and `label`, augmented or not; None: no such start
+    inferer: AutocastInferer
+
+    def attach(self, engine: Engine) -> None:
+        """Follow a trainer."""
+        if self.draws is not None and isinstance(self.network, SegmentationNetwork):
+            engine.add_event_handler(Events.STARTED, self.start)
+
+    @torch.no_grad()
+    def start(self, engine: Engine) -> None:
+        """Fit, and fill the network, unless the run goes on."""
+        if engine.state.iteration > 0:
+            return
+        head, classes = self.network.token_head, self.network.settings["num_labels"] + 1
+        moments = joint = torch.zeros((), dtype=torch.float64)
+        with eval_mode(self.network):
+            for batch in self.draws:
+                tokens = self.inferer(batch[Keys.IMAGE].to(engine.state.device), self.network.tokens)
+                rows = F.pad(rearrange(tokens.float(), "b k d h w -> (b d h w) k"), (0, 1), value=1.0)
+                shares = F.avg_pool3d(one_hot(batch[Keys.LABEL], classes), head.repeats)
+                side = dict.fromkeys("pqr", head.side)
+                targets = rearrange(shares, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", **side).to(rows.device)
+                moments, joint = moments + (rows.T @ rows).double().cpu(), joint + (rows.T @ targets).double().cpu()
+        count = moments[-1, -1].item()
+        self.network.start_from(*discriminants(moments / count, joint / count, classes, head.reduce.out_channels))
+        logger.info("the network starts from a linear map, fitted to %d tokens", count)
+
+
+def discriminants(moments: Tensor, joint: Tensor, classes: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit logits that are linear in the tokens, for every place in a patch.
+
+    Linear discriminant analysis: the tokens of a class at a place are normal with a mean of their own, and all have one
+    covariance (Hastie et al., The Elements of Statistical Learning, section 4.3). The map is cut to a rank, where that
+    changes the logits least.
+
+    Args:
+        moments: ``(K + 1, K + 1)``, the mean of a token's products with itself, a 1 behind it.
+        joint: ``(K + 1, classes · places)``, the mean of its products with the share of each class at each place.
+        classes: background included.
+        rank: of the map.
+
+    Returns:
+        ``reduce`` and ``expand``, whose product maps tokens to logits, and their ``bias``: see
+        :meth:`~bertswin_mae.networks.SegmentationNetwork.start_from`.
+    """
+    mean, share = moments[:-1, -1], joint[-1]
+    means = (joint[:-1] + RARE * mean[:, None]) / (share + RARE)
+    places = joint.shape[1] // classes
+    within = _conditioned(moments[:-1, :-1] - (means * share) @ means.T / places, SHRINKAGE)
+    weight = torch.linalg.solve(within, means)
+    bias = torch.log(share + FLOOR) - (means * weight).sum(dim=0) / 2
+    weight, bias = (TEMPER * _centred(values, classes) for values in (weight, bias))
+    # Coordinates in which tokens have unit covariance: there, what is cut off is cut off the logits.
+    root = torch.linalg.cholesky(_conditioned(moments[:-1, :-1] - mean.outer(mean), 1e-4))
+    logits = root.T @ weight
+    axes = torch.linalg.eigh(logits @ logits.T).eigenvectors[:, -rank:]
+    reduce, expand = torch.linalg.solve_triangular(root.T, axes, upper=True), axes.T @ logits
+    bias = bias + mean @ (weight - reduce @ expand)
+    return tuple(values.float() for values in (_padded(reduce, rank, 1), _padded(expand, rank, 0), bias))
+
+
+def _centred(values: Tensor, classes: int) -> Tensor:
+    """Take the mean over the classes from ``(…, classes · places)``: a softmax does not see it."""
+    by_class = values.unflatten(-1, (classes, -1))
+    return (by_class - by_class.mean(dim=-2, keepdim=True)).flatten(-2)
+
+
+def _conditioned(covariance: Tensor, share: float) -> Tensor:
+    """Add to the diagonal a share of it, and a little where it is zero."""
+    diagonal = covariance.diagonal()
+    return covariance + torch.diag(share * diagonal + 1e-6 * diagonal.mean() + torch.finfo(diagonal.dtype).tiny)
+
+
+def _padded(values: Tensor, rank: int, dim: int) -> Tensor:
+    """Fill up with zeros, where there are fewer channels than the rank."""
+    missing = rank - values.shape[dim]
+    return F.pad(values, (0, missing) if dim else (0, 0, 0, missing))
