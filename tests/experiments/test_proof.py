@@ -220,8 +220,8 @@ def test_scores_become_a_table_a_figure_and_a_sentence_for_each_number_of_labels
     report_comparison(comparison(tmp_path), scores, gains, selection)
     table = (tmp_path / "segmentation.md").read_text()
     assert table.startswith(
-        "With 4 labels pre-training gains 5.0 ± 2.0 Dice; 4 labels more would do the same.\n"
-        "With 16 labels pre-training costs 4.0 ± 1.0 Dice.\n"
+        "With 4 labels pre-training gains 5.0 ± 2.0 Dice; 4 labels more would do the same.\n\n"
+        "With 16 labels pre-training costs 4.0 ± 1.0 Dice.\n\n"
         "With all 64 labels no gain is visible: -1.0 ± 2.0 Dice.\n"
     )
     assert "| 4 labels | 16 labels | all labels |" in table

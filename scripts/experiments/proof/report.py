@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ..reporting import figure, markdown_table, write_report
 from .contestants import COMPARISONS, PRETRAININGS, PROBED, Measure
@@ -89,33 +90,39 @@ def report_comparison(
         guess: scores of what does not look at the volumes.
     """
     measure, titles = comparison.measure, {name: about.title for name, about in comparison.task.contestants.items()}
-    rows = [_summary(scores, measure, name, most, comparison.seeds)
-            for name, most in product(comparison.names, comparison.counts)]  # fmt: skip
-    cells: dict[str, list[str]] = {name: [titles[name]] for name in comparison.names}
-    for row in rows:
-        cells[row["contestant"]].append(_cell(row, measure))
-    if guess:
-        shown = f"{measure.scale * guess[measure.key]:.{measure.digits}f}"
-        cells["guess"] = ["a guess that looks at nothing", *[shown] * len(comparison.counts)]
-    sentences = [_sentence(most, comparison, rows, gains) for most in comparison.counts]
-    by_rate = {(f"{titles[name]}{_frozen(freeze, comparison.epochs)}", rate): [measure.scale * score]
-               for (name, freeze, rate), score in selection.items()}  # fmt: skip
+    places = product(comparison.names, comparison.counts)
+    rows = [_summary(scores, measure, name, most, comparison.seeds) for name, most in places]
     labels = _labels(comparison.counts)
+    sentences = [_sentence(most, comparison, rows, gains) for most in comparison.counts]
+    by_rate = {
+        (titles[name] + ", frozen at first" * (0 < freeze < comparison.epochs), rate): [measure.scale * score]
+        for (name, freeze, rate), score in selection.items()
+    }
     lines = [
-        *filter(None, sentences),
-        "",
-        *markdown_table(" | ".join([measure.title, *labels]), map(" | ".join, cells.values())),
-        "\nGain, and its 95 % interval over the validation cases:\n",
+        *(f"{sentence}\n" for sentence in filter(None, sentences)),
+        *markdown_table(" | ".join([measure.title, *labels]), _score_rows(rows, measure, titles, guess)),
+        "\nGains, and their 95 % intervals over the validation cases:\n",
         *markdown_table(" | ".join(["", *labels]), _gain_rows(gains, measure, titles)),
-        f"\n{measure.title.partition(' (')[0]} on the held-out training cases, by learning rate:\n",
+        f"\n{measure.title.partition(' (')[0]} on held-out training cases, by learning rate:\n",
         *_by_rate(by_rate, measure.digits + 1),
     ]
-    differences = [{"first": first, "second": second, "num_labelled": most} | gain._asdict()
-                   for (first, second, most), gain in gains.items()]  # fmt: skip
-    report = {"rows": rows, "gains": differences, "sentences": sentences, "guess": guess}
-    name = comparison.place.name
-    write_report(comparison.place.parent, name, report, lines)
+    listed = [
+        {"first": first, "second": second, "num_labelled": most, **gain._asdict()}
+        for (first, second, most), gain in gains.items()
+    ]
+    report = {"sentences": sentences, "rows": rows, "gains": listed, "guess": guess}
+    write_report(comparison.place.parent, comparison.place.name, report, lines)
     _plot_comparison(comparison.place.with_suffix(".png"), comparison, rows, gains)
+
+
+def _score_rows(
+    rows: Sequence[Record], measure: Measure, titles: Mapping[str, str], guess: Mapping[str, float] | None
+) -> Iterator[str]:
+    for name in dict.fromkeys(row["contestant"] for row in rows):
+        yield " | ".join([titles[name], *(_cell(row, measure) for row in rows if row["contestant"] == name)])
+    if guess:
+        shown = f"{measure.scale * guess[measure.key]:.{measure.digits}f}"
+        yield " | ".join(["a guess that looks at nothing", *[shown] * len({row["num_labelled"] for row in rows})])
 
 
 def _summary(scores: ByRun, measure: Measure, name: str, most: int | None, seeds: Sequence[int]) -> dict[str, Any]:
@@ -129,10 +136,6 @@ def _summary(scores: ByRun, measure: Measure, name: str, most: int | None, seeds
 def _cell(row: Record, measure: Measure) -> str:
     mean, spread = (measure.scale * row[f"{measure.key}{what}"] for what in ("", "_deviation"))
     return f"{mean:.{measure.digits}f} ± {spread:.{measure.digits}f} ({row[measure.beside]:.2f})"
-
-
-def _frozen(freeze: int, epochs: int) -> str:
-    return ", all from the start" if not freeze else "" if freeze == epochs else ", frozen at first"
 
 
 def _gain_rows(gains: Gains, measure: Measure, titles: Mapping[str, str]) -> Iterator[str]:
@@ -151,7 +154,7 @@ def _sentence(most: int | None, comparison: Comparison, rows: Sequence[Record], 
     measure, counts, (first, second) = comparison.measure, comparison.counts, pairs[0]
     gain = gains[first, second, most]
     value, half = (f"{measure.scale * part:.{measure.digits}f}" for part in (abs(gain.value), gain.half_width))
-    head = f"With {'all ' if most is None else ''}{counts[most]} labels"
+    head = f"With {'all ' if most is None else ''}{_labels([counts[most]])[0]}"
     if gain.low <= 0 <= gain.high:
         return f"{head} no gain is visible: {'-' if gain.value < 0 else ''}{value} ± {half} {measure.unit}."
     if gain.high < 0:
@@ -160,7 +163,9 @@ def _sentence(most: int | None, comparison: Comparison, rows: Sequence[Record], 
     curve = [(count, shown[second, other]) for other, count in counts.items() if count >= counts[most]]
     needed = labels_worth(shown[second, most] + gain.value, curve)
     more = (
-        "more labels than were tried" if needed is None else f"{math.ceil(round(needed - counts[most], 6))} labels more"
+        "more labels than were tried"
+        if needed is None
+        else f"{_labels([math.ceil(round(needed - counts[most], 6))])[0]} more"
     )
     return f"{head} pre-training gains {value} ± {half} {measure.unit}; {more} would do the same."
 
@@ -241,34 +246,45 @@ def _plot_curves(path: Path, curves: Curves, seconds: Mapping[str, float], goal:
 
 
 def _plot_comparison(path: Path, comparison: Comparison, rows: Sequence[Record], gains: Gains) -> None:
-    """Draw every seed's score and their mean, and beside it the gains with their intervals, by number of labels."""
-    measure, about = comparison.measure, comparison.task.contestants
-    places = {most: place for place, most in enumerate(comparison.counts)}
-    with figure(path, ncols=2, figsize=(11, 3.8), width_ratios=[3, 2]) as (_, (left, right)):
-        for number, name in enumerate(comparison.names):
-            its = [row for row in rows if row["contestant"] == name]
-            across = [places[row["num_labelled"]] + _aside(number, len(comparison.names)) for row in its]
-            style = {"color": about[name].colour}
-            means = [measure.scale * row[measure.key] for row in its]
-            left.plot(across, means, "_", markersize=14, markeredgewidth=2.5, label=about[name].title, **style)
-            for x, row in zip(across, its, strict=True):
-                by_seed = [measure.scale * value for value in row[f"{measure.key}_by_seed"]]
-                left.plot([x] * len(by_seed), by_seed, ".", alpha=0.5, **style)
-        pairs = list(dict.fromkeys((first, second) for first, second, _ in gains))
-        for number, (first, second) in enumerate(pairs):
-            its = {most: gain for (*pair, most), gain in gains.items() if tuple(pair) == (first, second)}
-            across = [places[most] + _aside(number, len(pairs)) for most in its]
-            value, low, high = (measure.scale * np.array(part) for part in list(zip(*its.values(), strict=True))[:3])
-            style = {"fmt": "o", "capsize": 3, "color": about[second].colour}
-            right.errorbar(across, value, [value - low, high - value], **style,
-                           label=f"{about[first].title}, over {about[second].title}")  # fmt: skip
-        right.axhline(0, color="black", linewidth=0.6, linestyle=":")
+    """Draw scores, and beside them gains, by number of labels."""
+    measure, labels = comparison.measure, _labels(comparison.counts)
+    with figure(path, ncols=2, figsize=(11, 4.8), width_ratios=[3, 2]) as (_, (left, right)):
+        _plot_scores(left, comparison, rows)
+        _plot_gains(right, comparison, gains)
         left.set(ylabel=measure.title.partition(" (")[0])
         right.set(ylabel=f"gain in {measure.unit}, 95 % interval over cases")
         for axis in (left, right):
-            axis.set_xticks(list(places.values()), _labels(comparison.counts))
-            axis.set_xlim(-0.5, len(places) - 0.5)
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
+            axis.set_xticks(range(len(labels)), labels)
+            axis.set_xlim(-0.5, len(labels) - 0.5)
+            if axis.has_data():
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
+
+
+def _plot_scores(axis: Axes, comparison: Comparison, rows: Sequence[Record]) -> None:
+    """Draw every seed, and their mean: the contestants side by side for each number of labels."""
+    measure, names = comparison.measure, comparison.names
+    for number, name in enumerate(names):
+        about, its = comparison.task.contestants[name], [row for row in rows if row["contestant"] == name]
+        across = [place + _aside(number, len(names)) for place in range(len(its))]
+        means = [measure.scale * row[measure.key] for row in its]
+        style = {"markersize": 14, "markeredgewidth": 2.5, "label": about.title}
+        axis.plot(across, means, "_", color=about.colour, **style)
+        for x, row in zip(across, its, strict=True):
+            by_seed = [measure.scale * value for value in row[f"{measure.key}_by_seed"]]
+            axis.plot([x] * len(by_seed), by_seed, ".", color=about.colour, alpha=0.5)
+
+
+def _plot_gains(axis: Axes, comparison: Comparison, gains: Gains) -> None:
+    """Draw gains and their intervals, the pairs side by side for each number of labels."""
+    about, pairs = comparison.task.contestants, list(dict.fromkeys(pair[:2] for pair in gains))
+    for number, (first, second) in enumerate(pairs):
+        found = np.array([gain[:3] for pair, gain in gains.items() if pair[:2] == (first, second)])
+        value, low, high = comparison.measure.scale * found.T
+        across = np.arange(len(value)) + _aside(number, len(pairs))
+        title = f"{about[first].title},\nover {about[second].title}"
+        style = {"fmt": "o", "capsize": 3, "color": about[second].colour, "label": title}
+        axis.errorbar(across, value, [value - low, high - value], **style)
+    axis.axhline(0, color="black", linewidth=0.6, linestyle=":")
 
 
 def _aside(number: int, of: int) -> float:
@@ -292,4 +308,4 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _labels(counts: Iterable[int | None]) -> list[str]:
-    return [f"{most or 'all'} labels" for most in counts]
+    return [f"{most or 'all'} label{'s' * (most != 1)}" for most in counts]
