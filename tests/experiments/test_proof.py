@@ -5,10 +5,11 @@ import math
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_KNOBS, tiny
+from conftest import TINY, TINY_KNOBS, tiny, write_volume
 from sklearn.metrics import roc_auc_score
 
 from scripts.data import find_cases, labelled, read_targets
@@ -452,7 +453,7 @@ def test_a_run_that_was_stopped_is_not_complete(run, monkeypatch):
     monkeypatch.setattr(proof_runs.subprocess, "run", stopped)
     longer = Run(run.folder, run.workflow, run.knobs | {"max_epochs": 2})
     with pytest.raises(ValueError, match="stopped before its end"):
-        longer.execute(1)
+        longer.execute()
     assert longer.record()["complete"] is False
 
 
@@ -480,7 +481,7 @@ def test_a_run_that_diverges_counts_as_the_worst_one(run, monkeypatch, message):
     assert run.record()["complete"]
     assert run.record()["diverged"] == {"epoch": 2, "message": message}
     monkeypatch.setattr(proof_runs.subprocess, "run", None)
-    run.execute(1)  # there already
+    run.execute()  # there already
     with pytest.raises(ValueError, match=f"no weights to go on with: {message}"):
         run.last_weights()
 
@@ -492,7 +493,7 @@ def test_the_message_of_an_earlier_attempt_does_not_count(run, monkeypatch):
     monkeypatch.setattr(proof_runs, "_code_version", lambda: "unknown")
     monkeypatch.setattr(proof_runs.subprocess, "run", lambda *arguments, **keywords: fails)
     with pytest.raises(ValueError, match="ended with 1"):
-        run.execute(1)
+        run.execute()
     assert run.record()["complete"] is False
 
 
@@ -512,3 +513,56 @@ def test_numbers_of_labels_are_read_as_they_stand_in_the_tables(given, read):
 def test_other_numbers_of_labels_are_refused():
     with pytest.raises(ValueError, match="whole numbers, or all"):
         proof._numbers("few")
+
+
+@pytest.fixture(scope="module")
+def labelled_cohort(tmp_path_factory):
+    """Twelve volumes whose bright half is the label, of two classes."""
+    folder, cases = tmp_path_factory.mktemp("labelled"), []
+    (folder / "labelsTr").mkdir()
+    for number in range(12):
+        path = write_volume(folder / "imagesTr" / f"{number}.nii.gz", seed=number)
+        image = nib.load(path)
+        label = (np.asarray(image.dataobj) > 500).astype(np.uint8)
+        nib.save(nib.Nifti1Image(label, image.affine), folder / "labelsTr" / path.name)
+        names = {"image": f"imagesTr/{path.name}", "label": f"labelsTr/{path.name}"}
+        cases.append(names | {"class": "ab"[number % 2], "age": 20 + number})
+    content = {"labels": {"0": "background", "1": "bright"}, "training": cases[:8], "validation": cases[8:]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_cohort_tells_what_pre_training_gains_to_segment_it_and_again_without_a_run(
+    labelled_cohort, weights, tmp_path, monkeypatch
+):
+    knobs = {"iterations_per_epoch": 1, "feature_size": 4}
+    settings = {"num_labelled": [1, 4], "seeds": 0, "finetuning_epochs": 1, "rates": 0.01, "knobs": knobs, "jobs": 1}
+    settings |= {"output_dir": str(tmp_path / "out"), "pretrained": str(weights)}
+    Proof(str(labelled_cohort), **settings).segmentation(contestants=["pretrained", "random"])
+    report = json.loads((tmp_path / "out" / "segmentation.json").read_text())
+    assert [row["num_labelled"] for row in report["rows"]] == [1, 4, 1, 4]
+    assert [gain["cases"] for gain in report["gains"]] == [4, 4]
+    dice = {(row["contestant"], row["num_labelled"]): row["val_dice"] for row in report["rows"]}
+    expected = [dice["pretrained", most] - dice["random", most] for most in (1, 4)]
+    assert [gain["value"] for gain in report["gains"]] == pytest.approx(expected, abs=1e-6)
+    assert all(sentence.startswith("With ") for sentence in report["sentences"])
+    ended = tmp_path / "out" / "segmentation" / "random_4_0"
+    assert not (ended / "bundle").exists()
+    assert not (ended / "report.html").exists()
+    monkeypatch.setattr(proof_runs.subprocess, "run", None)
+    Proof(str(labelled_cohort), **settings).segmentation(contestants=["pretrained", "random"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "measure"), [("class", "val_auroc"), ("age", "val_mae")])
+def test_a_cohort_tells_what_pre_training_gains_to_classify_it(labelled_cohort, weights, tmp_path, target, measure):
+    settings = {"num_labelled": "all", "seeds": 0, "finetuning_epochs": 1, "rates": 0.001, "jobs": 1}
+    settings |= {"output_dir": str(tmp_path), "pretrained": str(weights), "knobs": {"iterations_per_epoch": 1}}
+    Proof(str(labelled_cohort), **settings).classification(target, contestants=["pretrained", "densenet"])
+    report = json.loads((tmp_path / f"classification_{target}.json").read_text())
+    assert set(report["guess"]) < set(report["rows"][0]) | {"cases"}
+    assert measure in report["guess"]
+    (gain,) = report["gains"]
+    sign = -1 if measure == "val_mae" else 1
+    assert gain["value"] == pytest.approx(sign * (report["rows"][0][measure] - report["rows"][1][measure]), abs=1e-4)

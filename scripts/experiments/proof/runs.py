@@ -91,8 +91,8 @@ class Run:
         with (self.folder / name).open(newline="") as file:
             return {next(iter(row.values())): row for row in csv.DictReader(file)}
 
-    def execute(self, threads: int) -> None:
-        """Run it, unless it is complete; one that diverges is.
+    def execute(self) -> None:
+        """Run it on one thread, the fastest for networks this small, unless it is complete; one that diverges is.
 
         Raises:
             Mistake: when it fails, with the end of its log; was stopped; or is there with other knobs.
@@ -107,7 +107,7 @@ class Run:
                 return
         settings["code_version"] = _code_version()
         self._write_record(settings | {"complete": False})
-        ended = self._start(knobs, threads)
+        ended = self._start(knobs)
         if ended.returncode:
             problem = DIVERGED.search(ended.stdout)
             if problem is None:
@@ -121,7 +121,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "run.json").write_text(json.dumps(content, indent=1) + "\n")
 
-    def _start(self, knobs: Mapping[str, Any], threads: int) -> subprocess.CompletedProcess[str]:
+    def _start(self, knobs: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
         """Start or continue it, and wait for its end; what it prints goes to ``log.txt`` and into the result."""
         command = [
             sys.executable,
@@ -137,7 +137,7 @@ class Run:
             command += [f"--{name}", "null" if value is None else str(value)]
         if (self.folder / "checkpoints").exists():
             command += ["--resume", "true"]
-        about = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "check": False}
+        about = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "check": False}
         with (self.folder / "log.txt").open("a+") as log:
             start = log.tell()
             ended = subprocess.run(command, **about, stdout=log, stderr=log)  # noqa: S603
@@ -146,14 +146,13 @@ class Run:
 
 
 def execute(runs: Sequence[Run], jobs: int) -> None:
-    """Do the runs that are not complete, some at a time, each with its share of the cores.
+    """Do the runs that are not complete, some at a time.
 
     Raises:
         Mistake: of the first run that fails; no other is started then.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        started = [pool.submit(run.execute, threads) for run in runs]
+        started = [pool.submit(run.execute) for run in runs]
         try:
             for run in as_completed(started):
                 run.result()
