@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -124,6 +125,13 @@ def test_no_patient_is_both_learned_from_and_held_out(tmp_path):
     patients = {fold: {case["patient"] for case in its} for fold, its in inner.items()}
     assert not patients["training"] & patients["validation"]
     assert len(patients["validation"]) == 2
+
+
+def test_every_class_is_learned_from_and_held_out(tmp_path):
+    cases = [{"case": str(n), "image": f"{tmp_path}/{n}.nii.gz", "sex": "F" if n < 5 else "M"} for n in range(40)]
+    groups = {case["case"]: case["sex"] for case in cases}
+    inner = find_cases(hold_out(cases, tmp_path / "held_out.json", groups))
+    assert Counter(case["sex"] for case in inner["validation"]) == {"F": 1, "M": 7}
 
 
 def test_a_dataset_that_moves_changes_no_choice_of_cases(experiments, tmp_path):
@@ -362,6 +370,7 @@ def pretended(monkeypatch):
     """Runs that are done without being run: all leave the same scores."""
     figures = {"val_dice": 0.5, "val_hausdorff": 1.0, "r2": 0.1, "embedding": {"linear": 0.2, "neighbours": 0.3}}
     figures |= {"val_auroc": 0.5, "val_accuracy": 0.5, "val_mae": 9.0, "val_r2": 0.0}
+    figures |= {"epoch": 1, "iteration": 2, "val_mse": 0.1, "val_unexplained": 0.2}
     done = []
 
     def pretend(runs, jobs):
@@ -378,12 +387,16 @@ def pretended(monkeypatch):
     return done
 
 
-def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, pretended):
-    counts = {}
+def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, pretended, monkeypatch):
+    monkeypatch.setattr(Pretraining, "seconds_per_epoch", lambda self: dict.fromkeys(PRETRAININGS, 1.0))
+    experiments.convergence()
     for experiment in ("segmentation", "tuning", "probing"):
         getattr(experiments, experiment)()
-        counts[experiment] = len({run.folder for run in pretended if run.folder.parent.name == experiment})
-    assert counts == {"segmentation": 5 * 9, "tuning": 4 * 9 + 1, "probing": 2 * 9}
+    places = Counter(run.folder.parent.name for run in pretended)
+    scored = {name: count for name, count in places.items() if not name.endswith("selection")}
+    assert scored == {"pretraining": 4 * 3, "segmentation": 5 * 9, "tuning": 4 * 9 + 1, "probing": 2 * 9}
+    table = (experiments.folder / "convergence.md").read_text()
+    assert f"bertswin, seed 1: {experiments.folder}/pretraining/bertswin_1/last.pt" in table
     frozen = [run.knobs for run in pretended if run.folder.parent.name == "tuning" and run.workflow != "tuning"]
     assert all(knobs["freeze_epochs"] == knobs["max_epochs"] for knobs in frozen)
     assert {knobs["num_train_cases"] for knobs in frozen} == {5, 20, None}

@@ -1,7 +1,7 @@
 """A user's cohort and weights, as the runs of the experiments take them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,24 @@ def linked(dataset: Path, folder: Path) -> str:
     return str(link / dataset.name if dataset.is_file() else link)
 
 
-def hold_out(cases: Sequence[Case], path: Path) -> str:
+def hold_out(cases: Sequence[Case], path: Path, groups: Mapping[str, Any] | None = None) -> str:
     """Write a datalist that holds out a fifth of the patients among training cases, as their names' hashes have it.
+
+    Args:
+        cases: all of them.
+        path: of the list, in the folder of :func:`linked`.
+        groups: the class of each case, by its name, where each class is to be on both sides.
 
     Raises:
         Mistake: when there are too few, or the file is of other cases.
     """
-    patients = sorted({_patient(case) for case in cases}, key=lambda name: case_seed(name, 1))
+    patients = {_patient(case): (groups or {}).get(case["case"]) for case in cases}
     if len(patients) < 2:
         raise Mistake(f"rates are chosen on held-out training cases: two at least are needed, not {len(patients)}")
-    held_out = set(patients[: max(1, len(patients) // 5)])
+    held_out: set[str] = set()
+    for group in set(patients.values()):
+        ranked = sorted((name for name in patients if patients[name] == group), key=lambda name: case_seed(name, 1))
+        held_out.update(ranked[: max(1, len(ranked) // 5)])
     folds = {
         "training": [case for case in cases if _patient(case) not in held_out],
         "validation": [case for case in cases if _patient(case) in held_out],

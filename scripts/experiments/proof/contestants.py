@@ -106,7 +106,7 @@ CLASSIFICATION = Task(
 )
 DICE = Measure("val_dice", "Dice in percent (Hausdorff distance in voxels)", "val_hausdorff", "Dice", 100, 1)
 ACCURACY = Measure("val_auroc", "AUROC (accuracy)", "val_accuracy", "AUROC")
-ERROR = Measure("val_mae", "mean absolute error (R²)", "val_r2", "of the error", digits=2, sign=-1)
+ERROR = Measure("val_mae", "mean absolute error (R²)", "val_r2", "in mean absolute error", digits=2, sign=-1)
 
 # ----------------------------------------------------------------------------------- pre-training, tuning, probing
 

@@ -62,7 +62,8 @@ class Comparison:
 
         With one seed, and with the middle one of the numbers of labels.
         """
-        inner = hold_out(self.folds["training"], self.place.parent / f"{self.place.name}_selection.json")
+        groups = self.targets.values if self.targets and self.targets.classes else None
+        inner = hold_out(self.folds["training"], self.place.parent / f"{self.place.name}_selection.json", groups)
         most = min(list(self.counts.values())[len(self.counts) // 2], len(find_cases(inner)["training"]))
         settings, runs = {"dataset_dir": inner, "num_train_cases": most, "seed": 0}, {}
         for name in self.names:

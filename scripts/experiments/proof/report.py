@@ -101,8 +101,8 @@ def report_comparison(
     lines = [
         *(f"{sentence}\n" for sentence in filter(None, sentences)),
         *markdown_table(" | ".join([measure.title, *labels]), _score_rows(rows, measure, titles, guess)),
-        "\nGains, and their 95 % intervals over the validation cases:\n",
-        *markdown_table(" | ".join(["", *labels]), _gain_rows(gains, measure, titles)),
+        "\nGains, and their 95 % intervals over the validation cases:\n" if gains else "",
+        *(markdown_table(" | ".join(["", *labels]), _gain_rows(gains, measure, titles)) if gains else ()),
         f"\n{measure.title.partition(' (')[0]} on held-out training cases, by learning rate:\n",
         *_by_rate(by_rate, measure.digits + 1),
     ]
@@ -252,11 +252,11 @@ def _plot_comparison(path: Path, comparison: Comparison, rows: Sequence[Record],
         _plot_scores(left, comparison, rows)
         _plot_gains(right, comparison, gains)
         left.set(ylabel=measure.title.partition(" (")[0])
-        right.set(ylabel=f"gain in {measure.unit}, 95 % interval over cases")
+        right.set(ylabel="gain, 95 % interval over cases")
         for axis in (left, right):
             axis.set_xticks(range(len(labels)), labels)
             axis.set_xlim(-0.5, len(labels) - 0.5)
-            if axis.has_data():
+            if axis.get_legend_handles_labels()[0]:
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
