@@ -39,15 +39,8 @@ def report_convergence(
     """
     names, seeds = _axes(curves)
     rows = {name: [_progress(name, seed, curves, seconds) for seed in seeds] for name in names}
-    summary, to_goal = [], []
-    for name, its in rows.items():
-        figures = (("best_mse", 4), ("best_unexplained", 3), ("best_epoch", 0))
-        best = [_spread([row[what] for row in its], digits) for what, digits in figures]
-        start = f"{rates[name]:g} | {seconds[name]:.2f} | {its[0]['epochs']}"
-        summary.append(" | ".join([PRETRAININGS[name].title, start, *best]))
-        wanted = (("epochs_to_goal", 0), ("steps_to_goal", 0), *((share, 2) for share in SHARES))
-        reached = [_spread([row.get(what, math.inf) for row in its], digits) for what, digits in wanted]
-        to_goal.append(" | ".join([PRETRAININGS[name].title, *reached]))
+    summary = [_summed_up(its, rates[name], seconds[name]) for name, its in rows.items()]
+    to_goal = [_reached(its) for its in rows.values()]
     goals = [_best_epoch(curves["vit_mae", seed]) for seed in seeds]
     goal, when = (_spread([one[what] for one in goals], digits) for what, digits in (("val_mse", 4), ("epoch", 0)))
     lines = [
@@ -106,11 +99,7 @@ def report_comparison(
         f"\n{measure.title.partition(' (')[0]} on held-out training cases, by learning rate:\n",
         *_by_rate(by_rate, measure.digits + 1),
     ]
-    listed = [
-        {"first": first, "second": second, "num_labelled": most, **gain._asdict()}
-        for (first, second, most), gain in gains.items()
-    ]
-    report = {"sentences": sentences, "rows": rows, "gains": listed, "guess": guess}
+    report = {"sentences": sentences, "rows": rows, "gains": [*map(_listed, gains.items())], "guess": guess}
     write_report(comparison.place.parent, comparison.place.name, report, lines)
     _plot_comparison(comparison.place.with_suffix(".png"), comparison, rows, gains)
 
@@ -136,6 +125,11 @@ def _summary(scores: ByRun, measure: Measure, name: str, most: int | None, seeds
 def _cell(row: Record, measure: Measure) -> str:
     mean, spread = (measure.scale * row[f"{measure.key}{what}"] for what in ("", "_deviation"))
     return f"{mean:.{measure.digits}f} ± {spread:.{measure.digits}f} ({row[measure.beside]:.2f})"
+
+
+def _listed(item: tuple[tuple[str, str, int | None], Gain]) -> dict[str, Any]:
+    (first, second, most), gain = item
+    return {"first": first, "second": second, "num_labelled": most, **gain._asdict()}
 
 
 def _gain_rows(gains: Gains, measure: Measure, titles: Mapping[str, str]) -> Iterator[str]:
@@ -191,6 +185,19 @@ def report_probes(folder: Path, probes: ByRun) -> None:
         (" | ".join([PROBED[row["contestant"]].title, row["probe"], *map(cell, row["r2_by_seed"])]) for row in rows),
     )
     write_report(folder, "probing", {"rows": rows, "num_labelled": counts}, lines)
+
+
+def _summed_up(its: Sequence[Record], rate: float, seconds: float) -> str:
+    figures = (("best_mse", 4), ("best_unexplained", 3), ("best_epoch", 0))
+    best = [_spread([row[what] for row in its], digits) for what, digits in figures]
+    start = [PRETRAININGS[its[0]["network"]].title, f"{rate:g}", f"{seconds:.2f}", str(its[0]["epochs"])]
+    return " | ".join([*start, *best])
+
+
+def _reached(its: Sequence[Record]) -> str:
+    figures = (("epochs_to_goal", 0), ("steps_to_goal", 0), *((share, 2) for share in SHARES))
+    cells = [_spread([row.get(what, math.inf) for row in its], digits) for what, digits in figures]
+    return " | ".join([PRETRAININGS[its[0]["network"]].title, *cells])
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
