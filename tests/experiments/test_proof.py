@@ -41,7 +41,7 @@ def weights(tmp_path):
         for name, value in TINY_KNOBS.items()
         if name in {**TINY, "encoder_depth": 2, "encoder_num_heads": 4}
     }
-    network |= {"in_chans": 1, "strict_stem": True}
+    network |= {"in_chans": 1, "strict_stem": True, "blockwise_norm": False}
     torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
     record = {
         "network": network,
@@ -253,6 +253,15 @@ def test_a_gain_beyond_all_that_was_tried_is_worth_more_labels_than_were_tried(t
     )
 
 
+def test_no_sentence_takes_a_gain_over_another_network_for_that_of_pre_training(tmp_path):
+    scores = {(name, 4, 0): {"val_dice": 0.5, "val_hausdorff": 1.0} for name in ("pretrained", "unet")}
+    two = comparison(tmp_path, names=["pretrained", "unet"], num_labelled=[4], seeds=[0])
+    report_comparison(two, scores, {("pretrained", "unet", 4): Gain(0.1, 0.05, 0.15, 4)}, {("unet", 0, 0.01): 0.5})
+    table = (tmp_path / "segmentation.md").read_text()
+    assert "pre-training" not in table
+    assert "| pre-trained, fine-tuned, over MONAI U-Net, from scratch | +10.0 (+5.0 to +15.0) |" in table
+
+
 def test_a_run_that_diverged_counts_as_nothing_of_any_case(tmp_path):
     def ended(name, content, record):
         run = Run(tmp_path / name, "segmentation", {})
@@ -401,6 +410,8 @@ def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, 
     assert all(knobs["freeze_epochs"] == knobs["max_epochs"] for knobs in frozen)
     assert {knobs["num_train_cases"] for knobs in frozen} == {5, 20, None}
     assert {knobs["num_labels"] for knobs in frozen} == {2}
+    patch_mode = [run.knobs["blockwise_norm"] for run in pretended if run.folder.name.startswith("patch_mode")]
+    assert set(patch_mode) == {True}
 
 
 def test_the_search_is_one_seed_of_every_rate_with_the_middle_number_of_labels(experiments, pretended):

@@ -5,7 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
-    *("ACCURACY", "COMPARISONS", "CLASSIFICATION", "DICE", "ERROR", "PRETRAININGS", "PRETRAINING_RATES", "PROBED"),
+    *(
+        "ACCURACY",
+        "COMPARISONS",
+        "CLASSIFICATION",
+        "DICE",
+        "ERROR",
+        "PRETRAINED",
+        "PRETRAININGS",
+        "PRETRAINING_RATES",
+        "PROBED",
+    ),
     *("SEGMENTATION", "STEMS", "TUNING", "Contestant", "Measure", "Task"),
 ]
 
@@ -59,10 +69,10 @@ STARTS = {
     "random": Contestant("random weights, fine-tuned", "tab:grey", freezes=(0.0, AT_FIRST)),
     "random_frozen": Contestant("random weights, frozen", "silver", freezes=(1.0,)),
 }
-# Who is compared with whom; the first pair that takes part is what the sentences are about.
-COMPARISONS = (
-    ("pretrained", "random"),
-    ("pretrained_frozen", "random_frozen"),
+# Who differs by pre-training alone: the first pair that takes part is what the sentences are about.
+PRETRAINED = (("pretrained", "random"), ("pretrained_frozen", "random_frozen"))
+COMPARISONS = (  # who is compared with whom
+    *PRETRAINED,
     ("pretrained", "unet"),
     ("pretrained", "densenet"),
     ("pretrained", "vit_mae"),

@@ -103,7 +103,7 @@ class Proof:
         """
         weights = self._weights()["pretrained"]
         network, labels = carried(weights), self._label_knobs()
-        if not network["strict_stem"]:
+        if not network.get("strict_stem"):
             raise Mistake(f"{weights} has no strict stem, as patch mode needs: pre-train with --strict_stem true")
         knobs = TUNING | network | {"dataset_dir": self.dataset_dir, "pretrained": str(weights)}
         tuned = Run(self.folder / "tuning" / "stem", "tuning", knobs)
@@ -144,8 +144,16 @@ class Proof:
         """
         files = tuple(name if name == "small.yaml" else str(Path(name).resolve()) for name in ensure_tuple(overlays))
         training = Pretraining(
-            *(self.folder, self.dataset_dir, hold_out(self.folds["training"], self.folder / "selection.json")),
-            *(files, epochs, selection_epochs, self.seeds, self.rates or PRETRAINING_RATES, self.knobs, self.jobs),
+            folder=self.folder,
+            dataset_dir=self.dataset_dir,
+            inner_dataset=hold_out(self.folds["training"], self.folder / "selection.json"),
+            overlays=files,
+            epochs=epochs,
+            selection_epochs=selection_epochs,
+            seeds=self.seeds,
+            rates=self.rates or PRETRAINING_RATES,
+            knobs=self.knobs,
+            jobs=self.jobs,
         )
         found = training.selection()
         runs = training.runs(found)

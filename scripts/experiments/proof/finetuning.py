@@ -88,8 +88,8 @@ class Comparison:
         about = self.task.contestants[name]
         knobs = {
             **self.task.knobs,
-            **about.knobs,
             **self.knobs,
+            **about.knobs,
             **settings,
             **dict.fromkeys(("max_epochs", "val_interval", "early_stop_patience"), self.epochs),
             **self.task.follow(rate, freeze > 0, about.starts_from is not None),

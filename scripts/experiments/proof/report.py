@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..reporting import figure, markdown_table, write_report
-from .contestants import COMPARISONS, PRETRAININGS, PROBED, Measure
+from .contestants import PRETRAINED, PRETRAININGS, PROBED, Measure
 from .finetuning import Comparison, Way
 from .gains import Gain, labels_worth
 
@@ -142,7 +142,7 @@ def _gain_rows(gains: Gains, measure: Measure, titles: Mapping[str, str]) -> Ite
 
 def _sentence(most: int | None, comparison: Comparison, rows: Sequence[Record], gains: Gains) -> str:
     """Say what pre-training gains with a number of labels, and how many labels more would do the same."""
-    pairs = [pair for pair in COMPARISONS if (*pair, most) in gains]
+    pairs = [pair for pair in PRETRAINED if (*pair, most) in gains]
     if not pairs:
         return ""
     measure, counts, (first, second) = comparison.measure, comparison.counts, pairs[0]
