@@ -1,4 +1,4 @@
-"""MONAI's ViT-MAE behind the interfaces of this bundle's network and of its encoder, to compare with."""
+"""MONAI's networks behind the interfaces of this bundle's own, to compare with."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from ..mistakes import Mistake
 from ..networks import random_masking, unpatchify
 from ..weights import fill, read_weights
 
-__all__ = ["ViTEncoder", "ViTMAE", "load_vit_encoder"]
+__all__ = ["StandardisedNetwork", "ViTEncoder", "ViTMAE", "load_vit_encoder"]
 
 
 class ViTMAE(MaskedAutoEncoderViT):
@@ -141,3 +141,22 @@ def load_vit_encoder(encoder: ViTEncoder, pretrained: str | Path | None, require
     parts = ("cls_token", "patch_embedding.", "blocks.")
     weights = {name: value for name, value in read_weights(pretrained).items() if name.startswith(parts)}
     return fill(encoder, weights, pretrained)
+
+
+class StandardisedNetwork(nn.Module):
+    """Any network behind the output of :class:`~bertswin_mae.networks.ClassificationNetwork`: numbers in their unit.
+
+    Args:
+        network: maps volumes to ``(B, K)``.
+        mean, deviation: of the numbers to predict.
+    """
+
+    def __init__(self, network: nn.Module, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("deviation", torch.tensor(deviation))
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Map ``(B, in_chans, D, H, W)`` to logits, or to a number in its unit, ``(B, K)``."""
+        return self.network(volume).float() * self.deviation + self.mean

@@ -3,18 +3,27 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_KNOBS
+from conftest import TINY, TINY_KNOBS, tiny, write_volume
+from sklearn.metrics import roc_auc_score
 
-from scripts.data.cases import find_cases, labelled
+from scripts.data import find_cases, labelled, read_targets
 from scripts.experiments.proof import experiments as proof
+from scripts.experiments.proof import pretraining
 from scripts.experiments.proof import runs as proof_runs
-from scripts.experiments.proof.contestants import PRETRAININGS, RATES
+from scripts.experiments.proof.cohort import carried, count_labels, hold_out
+from scripts.experiments.proof.contestants import PRETRAINING_RATES, PRETRAININGS, SEGMENTATION
 from scripts.experiments.proof.experiments import Proof
-from scripts.experiments.proof.report import report_convergence, report_probes, report_scores
+from scripts.experiments.proof.finetuning import Comparison, best_way, guess
+from scripts.experiments.proof.gains import Gain, auroc_gain, labels_worth, mean_gain
+from scripts.experiments.proof.pretraining import Pretraining
+from scripts.experiments.proof.report import report_comparison, report_convergence, report_probes
 from scripts.experiments.proof.runs import Run, execute
 
 
@@ -25,16 +34,35 @@ def run(cohort, tmp_path):
 
 
 @pytest.fixture
-def experiments(tmp_path):
+def weights(tmp_path):
+    """A tiny network's weights, and their record."""
+    network = {
+        name: value
+        for name, value in TINY_KNOBS.items()
+        if name in {**TINY, "encoder_depth": 2, "encoder_num_heads": 4}
+    }
+    network |= {"in_chans": 1, "strict_stem": True, "blockwise_norm": False}
+    torch.save(tiny(strict_stem=True).state_dict(), tmp_path / "model.pt")
+    record = {
+        "network": network,
+        "preprocessing": {"modality": "mr", "spacing": None, "intensity": {"background": -1.0}},
+    }
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def experiments(tmp_path, weights):
     """Experiments on forty volumes that are names alone."""
-    training = [{"image": f"{number}.nii.gz", "label": f"label_{number}.nii.gz"} for number in range(40)]
+    training = [{"image": f"{n}.nii.gz", "label": f"label_{n}.nii.gz", "sex": "FM"[n % 2], "age": n} for n in range(40)]
     dataset = tmp_path / "dataset"
     dataset.mkdir()
     for item in training:
-        for path in item.values():
+        for path in (item["image"], item["label"]):
             (dataset / path).touch()
-    (dataset / "dataset.json").write_text(json.dumps({"training": training}))
-    return Proof(str(dataset), str(tmp_path / "out"), epochs=100)
+    content = {"labels": {"0": "background", "1": "a", "2": "b"}, "training": training}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    return Proof(str(dataset), str(tmp_path / "out"), pretrained=str(weights))
 
 
 @pytest.mark.slow
@@ -57,34 +85,58 @@ def test_a_run_that_fails_says_why_and_is_not_complete(run):
     assert broken.record()["complete"] is False
 
 
-def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(experiments, monkeypatch):
+@pytest.fixture
+def training(experiments):
+    """The pre-trainings of that cohort."""
+    inner = hold_out(experiments.folds["training"], experiments.folder / "selection.json")
+    own = (experiments.folder, experiments.dataset_dir, inner)
+    return Pretraining(*own, ("small.yaml",), 100, 50, (0, 1), PRETRAINING_RATES, {}, 2)
+
+
+def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(training, monkeypatch):
     best = {"bertswin": 0.0015, "vit_mae": 0.0005, "bertswin_tenth": 0.0045}
-    scores = {(name, rate): abs(rate - best[name]) for name in best for rate in RATES}
-    seconds = {"bertswin": 6.0, "bertswin_strict": 5.0, "vit_mae": 3.0}
-    monkeypatch.setattr(experiments, "_seconds_per_epoch", lambda: seconds)
-    runs = experiments._pretrainings(PRETRAININGS, scores)
-    chosen = {name: (run.knobs["learning_rate"], run.knobs["max_epochs"]) for name, run in runs.items()}
+    scores = {(name, rate): abs(rate - best[name]) for name in best for rate in PRETRAINING_RATES}
+    monkeypatch.setattr(Pretraining, "seconds_per_epoch", lambda self: {"bertswin": 6.0, "vit_mae": 3.0})
+    runs = training.runs(scores)
+    assert set(runs) == {(name, seed) for name in PRETRAININGS for seed in (0, 1)}
+    chosen = {name: (runs[name, 1].knobs["learning_rate"], runs[name, 1].knobs["max_epochs"]) for name in PRETRAININGS}
     assert chosen == {
         "bertswin": (0.0015, 100),
-        "bertswin_strict": (0.0015, 120),
-        "vit_mae": (0.0005, 248),
-        "bertswin_tenth": (0.0045, 24),
-        "bertswin_fifth": (0.0045, 49),
+        "vit_mae": (0.0005, 200),
+        "bertswin_tenth": (0.0045, 20),
+        "bertswin_fifth": (0.0045, 40),
     }
+    short = runs["bertswin_tenth", 1].knobs
+    assert (short["seed"], short["batch_size"], short["iterations_per_epoch"]) == (1, 1, 160)
 
 
-def test_training_volumes_are_divided_without_those_of_the_validation(experiments):
-    inner = find_cases(experiments.inner_dataset)
+def test_training_volumes_are_divided_without_those_of_the_validation(experiments, tmp_path):
+    inner = find_cases(hold_out(experiments.folds["training"], experiments.folder / "held_out.json"))
     outer = {Path(case["image"]).name for case in experiments.folds["training"]}
     named = {fold: {Path(case["image"]).name for case in cases} for fold, cases in inner.items()}
     assert named["training"] | named["validation"] == outer
     assert not named["training"] & named["validation"]
-    assert all("label" in case for case in inner["training"])
+    assert all({"label", "sex", "age"} <= case.keys() for case in inner["training"])
+
+
+def test_no_patient_is_both_learned_from_and_held_out(tmp_path):
+    cases = [{"case": str(n), "image": f"{tmp_path}/{n}.nii.gz", "patient": f"p{n // 4}"} for n in range(40)]
+    inner = find_cases(hold_out(cases, tmp_path / "held_out.json"))
+    patients = {fold: {case["patient"] for case in its} for fold, its in inner.items()}
+    assert not patients["training"] & patients["validation"]
+    assert len(patients["validation"]) == 2
+
+
+def test_every_class_is_learned_from_and_held_out(tmp_path):
+    cases = [{"case": str(n), "image": f"{tmp_path}/{n}.nii.gz", "sex": "F" if n < 5 else "M"} for n in range(40)]
+    groups = {case["case"]: case["sex"] for case in cases}
+    inner = find_cases(hold_out(cases, tmp_path / "held_out.json", groups))
+    assert Counter(case["sex"] for case in inner["validation"]) == {"F": 1, "M": 7}
 
 
 def test_a_dataset_that_moves_changes_no_choice_of_cases(experiments, tmp_path):
     def chosen(proof):
-        inner = find_cases(proof.inner_dataset)
+        inner = find_cases(hold_out(proof.folds["training"], proof.folder / "held_out.json"))
         assert all(Path(case["image"]).exists() for case in inner["training"])
         held_out = [case["case"] for case in inner["validation"]]
         return held_out, [case["case"] for case in labelled(inner["training"], 20)], proof.dataset_dir
@@ -100,29 +152,157 @@ def test_other_cases_are_refused_where_experiments_are(experiments, tmp_path):
     other = Path(shutil.copytree(tmp_path / "dataset", tmp_path / "other"))
     content = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps({"training": content["training"][1:]}))
+    hold_out(experiments.folds["training"], tmp_path / "out" / "held_out.json")
     with pytest.raises(ValueError, match="holds experiments on other cases"):
-        Proof(str(other), str(tmp_path / "out"))
+        hold_out(Proof(str(other), str(tmp_path / "out")).folds["training"], tmp_path / "out" / "held_out.json")
     with pytest.raises(ValueError, match="must not lie within the dataset"):
         Proof(str(other), str(other / "out"))
 
 
-def test_scores_become_a_table_and_a_figure(tmp_path):
-    dice = {("bertswin_strict", 5): (0.70, 0.74), ("bertswin_strict", None): (0.8, 0.8), ("unet", 5): (0.5, 0.6)}
-    dice["unet", None] = (0.9, 0.9)
+def test_a_gain_is_that_of_each_case_and_its_interval_that_of_drawn_cases():
+    first = [{"a": 0.9, "b": 0.6, "only": 0.0}, {"a": 0.7, "b": 0.6}]
+    gain = mean_gain(first, [{"a": 0.5, "b": 0.6}, {"a": 0.5, "b": 0.6, "c": 1.0}])
+    # Of the two cases the differences are 0.3 and 0: of two that are drawn, the mean is 0, 0.15 or 0.3.
+    assert gain == pytest.approx((0.15, 0.0, 0.3, 2))
+    assert gain.half_width == pytest.approx(0.15)
+    alike = [{str(n): 0.5 + n / 100 for n in range(20)}]  # cases differ by far more than contestants do
+    better = [{case: dice + 0.01 for case, dice in alike[0].items()}]
+    assert mean_gain(better, alike) == pytest.approx((0.01, 0.01, 0.01, 20))
+
+
+def test_the_interval_of_a_mean_is_as_wide_as_theory_has_it():
+    values = np.random.default_rng(1).normal(0.02, 0.1, 400)
+    gain = mean_gain([dict(enumerate(values))], [dict.fromkeys(range(400), 0.0)])
+    assert gain.half_width == pytest.approx(1.96 * values.std() / 20, rel=0.05)
+
+
+def test_the_gain_of_an_auroc_is_the_difference_of_the_metric():
+    rng = np.random.default_rng(0)
+    true = np.arange(30) % 3
+    first, second = ([rng.dirichlet((1, 1, 1), 30) for _ in range(2)] for _ in range(2))
+
+    def mean(runs):
+        return np.mean([[roc_auc_score(true == k, run[:, k]) for k in range(3)] for run in runs])
+
+    gain = auroc_gain(first, second, true)
+    assert gain.value == pytest.approx(mean(first) - mean(second))
+    assert gain.low < gain.value < gain.high
+    sure = auroc_gain([np.eye(3)[true]], [np.full((30, 3), 1 / 3)], true)
+    assert sure == pytest.approx((0.5, 0.5, 0.5, 30))
+
+
+def test_labels_that_would_do_the_same_lie_between_those_that_were_tried_along_their_logarithm():
+    curve = [(4, 0.5), (16, 0.6), (64, 0.7)]
+    assert labels_worth(0.55, curve) == pytest.approx(8)
+    assert labels_worth(0.7, curve) == pytest.approx(64)
+    assert labels_worth(0.71, curve) is None
+    assert labels_worth(0.65, [(4, 0.5), (16, 0.45), (64, 0.7)]) == pytest.approx(16 * 4 ** (0.2 / 0.25))
+
+
+def comparison(folder, **settings):
+    cases = {"training": [{"case": str(n)} for n in range(64)], "validation": [{"case": case} for case in "abcd"]}
+    own = {
+        "place": folder / "segmentation",
+        "task": SEGMENTATION,
+        "names": ["pretrained", "random", "unet"],
+        "folds": cases,
+    }
+    own |= {"weights": {"pretrained": Path("w.pt")}, "dataset_dir": "d", "num_labelled": [4, 16, None], "seeds": [0, 1]}
+    return Comparison(**(own | {"epochs": 20, "knobs": {}, "rates": (0.01,), "jobs": 1} | settings))
+
+
+def test_scores_become_a_table_a_figure_and_a_sentence_for_each_number_of_labels(tmp_path):
+    dice = {"pretrained": (0.55, 0.56, 0.69), "random": (0.5, 0.6, 0.7), "unet": (0.4, 0.5, 0.9)}
     scores = {
-        (*key, seed): {"val_dice": values[seed], "val_hausdorff": 2.0 + seed}
-        for key, values in dice.items()
+        (name, most, seed): {"val_dice": values[place] + 0.02 * seed, "val_hausdorff": 2.0 + seed}
+        for name, values in dice.items()
+        for place, most in enumerate((4, 16, None))
         for seed in (0, 1)
     }
-    scores["unet", 5, 1] = proof_runs.WORST
-    selection = {("unet", 0, 0.001): [0.5], ("unet", 4, 0.001): [0.25, 0.125]}
-    report_scores(tmp_path, "segmentation", scores, selection)
+    scores["unet", 4, 1] = proof_runs.WORST
+    gains = {
+        ("pretrained", "random", 4): Gain(0.05, 0.03, 0.07, 4),
+        ("pretrained", "random", 16): Gain(-0.04, -0.05, -0.03, 4),
+        ("pretrained", "random", None): Gain(-0.01, -0.03, 0.01, 4),
+    }
+    selection = {("random", 0, 0.01): 0.5, ("random", 4, 0.01): 0.25, ("unet", 0, 0.01): 0.125}
+    report_comparison(comparison(tmp_path), scores, gains, selection)
     table = (tmp_path / "segmentation.md").read_text()
-    assert "| 5 labels | all labels |" in table
-    assert "| BertsWin, pre-trained and tuned | 72.0 ± 2.8 (2.50) | 80.0 ± 0.0 (2.50) |" in table
-    assert "| MONAI U-Net, from scratch | 25.0 ± 35.4 (inf) | 90.0 ± 0.0 (2.50) |" in table
-    assert "| MONAI U-Net, from scratch, frozen at first | 0.2500, 0.1250 |" in table
+    assert table.startswith(
+        "With 4 labels pre-training gains 5.0 ± 2.0 Dice; 4 labels more would do the same.\n\n"
+        "With 16 labels pre-training costs 4.0 ± 1.0 Dice.\n\n"
+        "With all 64 labels no gain is visible: -1.0 ± 2.0 Dice.\n"
+    )
+    assert "| 4 labels | 16 labels | all labels |" in table
+    assert "| pre-trained, fine-tuned | 56.0 ± 1.4 (2.50) | 57.0 ± 1.4 (2.50) | 70.0 ± 1.4 (2.50) |" in table
+    assert "| MONAI U-Net, from scratch | 20.0 ± 28.3 (inf) |" in table
+    assert "| pre-trained, fine-tuned, over random weights, fine-tuned | +5.0 (+3.0 to +7.0) |" in table
+    assert "| random weights, fine-tuned, frozen at first | 25.00 |" in table
     assert (tmp_path / "segmentation.png").stat().st_size > 5000
+
+
+def test_a_gain_beyond_all_that_was_tried_is_worth_more_labels_than_were_tried(tmp_path):
+    score = {"val_dice": 0.5, "val_hausdorff": 1.0}
+    scores = {(name, most, 0): score for name in ("pretrained", "random") for most in (4, 16)}
+    gains = {("pretrained", "random", most): Gain(0.1, 0.05, 0.15, 4) for most in (4, 16)}
+    two = comparison(tmp_path, names=["pretrained", "random"], num_labelled=[16, 4], seeds=[0])
+    report_comparison(two, scores, gains, {("random", 0, 0.01): 0.5})
+    lines = (tmp_path / "segmentation.md").read_text().splitlines()
+    assert (
+        lines[0] == "With 4 labels pre-training gains 10.0 ± 5.0 Dice; more labels than were tried would do the same."
+    )
+
+
+def test_no_sentence_takes_a_gain_over_another_network_for_that_of_pre_training(tmp_path):
+    scores = {(name, 4, 0): {"val_dice": 0.5, "val_hausdorff": 1.0} for name in ("pretrained", "unet")}
+    two = comparison(tmp_path, names=["pretrained", "unet"], num_labelled=[4], seeds=[0])
+    report_comparison(two, scores, {("pretrained", "unet", 4): Gain(0.1, 0.05, 0.15, 4)}, {("unet", 0, 0.01): 0.5})
+    table = (tmp_path / "segmentation.md").read_text()
+    assert "pre-training" not in table
+    assert "| pre-trained, fine-tuned, over MONAI U-Net, from scratch | +10.0 (+5.0 to +15.0) |" in table
+
+
+def test_a_run_that_diverged_counts_as_nothing_of_any_case(tmp_path):
+    def ended(name, content, record):
+        run = Run(tmp_path / name, "segmentation", {})
+        run.folder.mkdir()
+        (run.folder / "val_dice_raw.csv").write_text(f"filename,class0,class1,mean\n{content}")
+        (run.folder / "run.json").write_text(json.dumps(record))
+        return run
+
+    well = ended("well", 'a,0.5,0.7,0.6\nb,nan,0.4,0.4\n"c",1,1,1.0\nd,nan,nan,nan\n', {})
+    lost = ended("lost", "a,1,1,1\n", {"diverged": {"epoch": 1, "message": "the loss is nan"}})
+    runs = {("pretrained", most, seed): (lost, well)[seed] for most in (4, 16, None) for seed in (0, 1)}
+    runs |= {("random", most, seed): well for most in (4, 16, None) for seed in (0, 1)}
+    gains = comparison(tmp_path, names=["pretrained", "random"]).gains(runs)
+    assert gains["pretrained", "random", 4][0] == pytest.approx(-(0.6 + 0.4 + 1.0) / 3 / 2)
+    assert gains["pretrained", "random", 4].cases == 3  # of the fourth there is no label
+
+
+def test_numbers_are_compared_by_their_errors_and_classes_by_their_ranks(experiments, tmp_path):
+    def ended(name, header, rows, record=None):
+        run = Run(tmp_path / name, "classification", {})
+        run.folder.mkdir()
+        (run.folder / "scores.csv").write_text("\n".join([header, *rows]))
+        (run.folder / "run.json").write_text(json.dumps(record or {}))
+        return run
+
+    lost = {"diverged": {"epoch": 1, "message": "the loss is nan"}}
+    own = {"seeds": [0], "num_labelled": [4], "names": ["pretrained", "random"]}
+    ages, sexes = (read_targets(experiments.folds, field) for field in ("age", "sex"))
+    cases = [case["case"] for case in ages.validation]
+    near = ended("near", "case,truth,prediction", [f"{case},0,{ages.values[case] + 1}" for case in cases])
+    far = ended("far", "case,truth,prediction", [f"{case},0,{ages.values[case] - 3}" for case in cases])
+    gain = comparison(tmp_path, targets=ages, **own).gains({("pretrained", 4, 0): near, ("random", 4, 0): far})
+    assert gain["pretrained", "random", 4] == pytest.approx((2, 2, 2, len(cases)))
+    guessed = guess(ages)["val_mae"]
+    gone = ended("gone", "", [], lost)
+    gain = comparison(tmp_path, targets=ages, **own).gains({("pretrained", 4, 0): near, ("random", 4, 0): gone})
+    assert gain["pretrained", "random", 4].value == pytest.approx(guessed - 1)
+    head = "case,truth,prediction,probability of F,probability of M"
+    right = ended("right", head, [f"{c},,,{1 - sexes.values[c]},{sexes.values[c]}" for c in cases])
+    gain = comparison(tmp_path, targets=sexes, **own).gains({("pretrained", 4, 0): right, ("random", 4, 0): gone})
+    assert gain["pretrained", "random", 4] == pytest.approx((0.5, 0.5, 0.5, len(cases)))
 
 
 def test_what_was_reached_is_compared_with_the_peer_in_epochs_steps_and_time(tmp_path):
@@ -132,11 +312,16 @@ def test_what_was_reached_is_compared_with_the_peer_in_epochs_steps_and_time(tmp
         "vit_mae": {5: 0.2, 8: 0.12, 10: 0.13},
     }
     curves = {
-        name: [{"epoch": e, "iteration": 4 * e, "val_mse": v, "val_unexplained": 0.5} for e, v in values.items()]
+        (name, seed): [
+            {"epoch": e, "iteration": 4 * e, "val_mse": v + 0.001 * seed, "val_unexplained": 0.5}
+            for e, v in values.items()
+        ]
         for name, values in errors.items()
+        for seed in (0, 1)
     }
     seconds = {"bertswin": 3.0, "bertswin_tenth": 3.0, "vit_mae": 2.0}
-    report_convergence(tmp_path, curves, dict.fromkeys(curves, 0.001), seconds, {("bertswin", 0.001): 0.25})
+    where = {"bertswin, seed 0": "OUT/last.pt"}
+    report_convergence(tmp_path, curves, dict.fromkeys(errors, 0.001), seconds, {("bertswin", 0.001): 0.25}, where)
     rows = {row["network"]: row for row in json.loads((tmp_path / "convergence.json").read_text())["rows"]}
     assert (rows["bertswin"]["epochs_to_goal"], rows["bertswin"]["steps_to_goal"]) == (2, 8)
     shares = [
@@ -146,6 +331,8 @@ def test_what_was_reached_is_compared_with_the_peer_in_epochs_steps_and_time(tmp
     assert "epochs_to_goal" not in rows["bertswin_tenth"]
     table = (tmp_path / "convergence.md").read_text()
     assert "| BertsWin, a tenth of the epochs, batch 1 |" + 7 * " never |" in table
+    assert "| BertsWin | 0.001 | 3.00 | 2 | 0.1005 ± 0.0007 |" in table
+    assert "bertswin, seed 0: OUT/last.pt" in table
     assert (tmp_path / "convergence.png").stat().st_size > 5000
 
 
@@ -162,77 +349,120 @@ def test_probes_become_a_table_of_means(tmp_path):
     assert "| embeddings, neighbours | 0.400 ± 0.000 |" in table
 
 
-def test_contestants_differ_in_weights_and_in_what_follows_from_them(experiments, tmp_path):
+def test_contestants_differ_in_weights_and_in_what_follows_from_them(tmp_path):
     def knobs(name, freeze):
-        weights = {"bertswin_strict": tmp_path / "w.pt"}
-        return experiments._finetuning("run", (name, freeze, 0.01), weights, {"seed": 1}).knobs
+        return comparison(tmp_path).run((name, freeze, 0.01), tmp_path / "run", {"seed": 1}).knobs
 
     def differing(first, second):
         return {name for name in first if first[name] != second[name]}
 
-    pretrained, random = knobs("bertswin_strict", 4), knobs("random", 0)
+    pretrained, random = knobs("pretrained", 4), knobs("random", 0)
     assert differing(pretrained, random) == {"pretrained", "encoder_learning_rate", "freeze_epochs"}
     assert (pretrained["encoder_learning_rate"], random["encoder_learning_rate"]) == (0.001, 0.01)
     assert differing(pretrained, knobs("random", 4)) == {"pretrained"}
 
 
-def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, tmp_path, monkeypatch):
+def test_runs_without_weights_have_the_network_and_the_voxels_of_the_given_ones(experiments, weights, tmp_path):
+    knobs = carried(weights)
+    assert (knobs["img_size"], knobs["modality"], knobs["spacing"]) == ([32, 32, 32], "mr", None)
+    assert knobs["intensities::mr::background"] == -1.0
+    weights.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="copy the model"):
+        experiments.segmentation()
+    experiments.pretrained = None
+    with pytest.raises(ValueError, match="give --pretrained"):
+        experiments.segmentation()
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs that are done without being run: all leave the same scores."""
     figures = {"val_dice": 0.5, "val_hausdorff": 1.0, "r2": 0.1, "embedding": {"linear": 0.2, "neighbours": 0.3}}
+    figures |= {"val_auroc": 0.5, "val_accuracy": 0.5, "val_mae": 9.0, "val_r2": 0.0}
+    figures |= {"epoch": 1, "iteration": 2, "val_mse": 0.1, "val_unexplained": 0.2}
     done = []
 
     def pretend(runs, jobs):
         for run in runs:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "probe.json"):
                 (run.folder / name).write_text(json.dumps(figures) + "\n")
         done.extend(runs)
 
-    monkeypatch.setattr(
-        experiments, "_encoders", lambda: dict.fromkeys(["bertswin_strict", "untuned", "vit_mae"], tmp_path)
-    )
     for module in (proof, proof_runs):
         monkeypatch.setattr(module, "execute", pretend)
-    counts = {}
+    monkeypatch.setattr(Comparison, "gains", lambda self, runs: {})
+    monkeypatch.setattr(Run, "last_weights", lambda self: self.folder / "last.pt")
+    return done
+
+
+def test_every_experiment_is_made_of_runs_for_all_labels_and_seeds(experiments, pretended, monkeypatch):
+    monkeypatch.setattr(Pretraining, "seconds_per_epoch", lambda self: dict.fromkeys(PRETRAININGS, 1.0))
+    experiments.convergence()
     for experiment in ("segmentation", "tuning", "probing"):
         getattr(experiments, experiment)()
-        counts[experiment] = len({run.folder for run in done if run.folder.parent.name == experiment})
-    assert counts == {"segmentation": 5 * 9, "tuning": 4 * 9, "probing": 3 * 9}
-    frozen = [run.knobs for run in done if run.folder.parent.name == "tuning"]
+    places = Counter(run.folder.parent.name for run in pretended)
+    scored = {name: count for name, count in places.items() if not name.endswith("selection")}
+    assert scored == {"pretraining": 4 * 3, "segmentation": 5 * 9, "tuning": 4 * 9 + 1, "probing": 2 * 9}
+    table = (experiments.folder / "convergence.md").read_text()
+    assert f"bertswin, seed 1: {experiments.folder}/pretraining/bertswin_1/last.pt" in table
+    frozen = [run.knobs for run in pretended if run.folder.parent.name == "tuning" and run.workflow != "tuning"]
     assert all(knobs["freeze_epochs"] == knobs["max_epochs"] for knobs in frozen)
     assert {knobs["num_train_cases"] for knobs in frozen} == {5, 20, None}
+    assert {knobs["num_labels"] for knobs in frozen} == {2}
+    patch_mode = [run.knobs["blockwise_norm"] for run in pretended if run.folder.name.startswith("patch_mode")]
+    assert set(patch_mode) == {True}
 
 
-def test_the_best_two_ways_on_the_held_out_volumes_are_tried_again_and_the_better_on_average_is_chosen(
-    experiments, monkeypatch
-):
-    dice = {(0, 0.01): (0.5,), (0, 0.03): (0.8, 0.1), (4, 0.01): (0.7, 0.6), (0, 0.003): (0.69,)}
-
-    def last_metrics(runs, jobs):
-        return {
-            way: {"val_dice": dice.get(way[1:], (0.1, 0.1))[run.knobs["seed"]] if way[0] == "random" else 0.9}
-            for way, run in runs.items()
-        }
-
-    monkeypatch.setattr(proof, "last_metrics", last_metrics)
-    found = experiments._finetuning_selection(["random", "unet"], {})
-    assert {way[1:] for way, scores in found.items() if way[0] == "random" and len(scores) == 2} == {
-        (0, 0.03),
-        (4, 0.01),
-    }
-    assert proof._best(found, "random") == ("random", 4, 0.01)
+def test_the_search_is_one_seed_of_every_rate_with_the_middle_number_of_labels(experiments, pretended):
+    experiments.classification(target=["sex", "age"])
+    found = [run for run in pretended if run.folder.parent.name == "classification_sex_selection"]
+    assert {(run.knobs["seed"], run.knobs["num_train_cases"]) for run in found} == {(0, 20)}
+    assert len(found) == 6 * 3  # random weights may be frozen at first or not
+    assert (experiments.folder / "classification_age.md").read_text().count("a guess that looks at nothing") == 1
 
 
-def test_an_epoch_is_timed_once_the_networks_taking_turns(experiments, monkeypatch):
+def test_the_user_says_who_takes_part(experiments, pretended):
+    experiments.segmentation(contestants=["pretrained", "unetr"])
+    assert {run.folder.name.split("_")[0] for run in pretended} == {"pretrained", "unetr"}
+    with pytest.raises(ValueError, match="no contestant unett here: did you mean unet"):
+        experiments.segmentation(contestants="unett")
+    with pytest.raises(ValueError, match="no contestant vit_mae here"):
+        experiments.segmentation(contestants="vit_mae")
+
+
+def test_more_labels_than_there_are_are_refused(experiments):
+    experiments.num_labelled = [3, 400]
+    with pytest.raises(ValueError, match="num_labelled 400 is more than the"):
+        experiments.segmentation()
+
+
+def test_a_dataset_says_how_many_labels_it_has(tmp_path):
+    for labels in ({"0": "background", "3": "c"}, {"background": 0, "c": 3}, ["background", "a", "b", "c"]):
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        assert count_labels(str(tmp_path)) == 3
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no labels: say how many there are by --knobs"):
+        count_labels(str(tmp_path))
+
+
+def test_each_contestant_learns_in_the_way_that_does_best_on_held_out_training_cases():
+    found = {("random", 0, 0.01): 0.5, ("random", 4, 0.03): 0.8, ("unet", 0, 0.03): 0.9, ("random", 4, 0.01): 0.8}
+    assert best_way(found, "random", 1) == ("random", 4, 0.03)
+    assert best_way(found, "random", -1) == ("random", 0, 0.01)
+
+
+def test_an_epoch_is_timed_once_the_networks_taking_turns(training, monkeypatch):
     timed = []
 
     def time_training(files, epochs, **knobs):
         timed.append(files[-1])
         return None, torch.tensor([1.0]), torch.tensor([float(len(timed))])
 
-    monkeypatch.setattr(proof, "time_training", time_training)
-    found = experiments._seconds_per_epoch()
-    assert found == {name: 1.0 + 6 + number for number, name in enumerate(PRETRAININGS)}  # the second of three rounds
-    assert experiments._seconds_per_epoch() == found
+    monkeypatch.setattr(pretraining, "time_training", time_training)
+    found = training.seconds_per_epoch()
+    assert found == {name: 1.0 + 5 + number for number, name in enumerate(PRETRAININGS)}  # the second of three rounds
+    assert training.seconds_per_epoch() == found
     assert len(timed) == 3 * len(PRETRAININGS)
     assert sum("vit_mae" in name for name in timed) == 3
 
@@ -247,7 +477,7 @@ def test_a_run_that_was_stopped_is_not_complete(run, monkeypatch):
     monkeypatch.setattr(proof_runs.subprocess, "run", stopped)
     longer = Run(run.folder, run.workflow, run.knobs | {"max_epochs": 2})
     with pytest.raises(ValueError, match="stopped before its end"):
-        longer.execute(1)
+        longer.execute()
     assert longer.record()["complete"] is False
 
 
@@ -275,7 +505,7 @@ def test_a_run_that_diverges_counts_as_the_worst_one(run, monkeypatch, message):
     assert run.record()["complete"]
     assert run.record()["diverged"] == {"epoch": 2, "message": message}
     monkeypatch.setattr(proof_runs.subprocess, "run", None)
-    run.execute(1)  # there already
+    run.execute()  # there already
     with pytest.raises(ValueError, match=f"no weights to go on with: {message}"):
         run.last_weights()
 
@@ -287,7 +517,7 @@ def test_the_message_of_an_earlier_attempt_does_not_count(run, monkeypatch):
     monkeypatch.setattr(proof_runs, "_code_version", lambda: "unknown")
     monkeypatch.setattr(proof_runs.subprocess, "run", lambda *arguments, **keywords: fails)
     with pytest.raises(ValueError, match="ended with 1"):
-        run.execute(1)
+        run.execute()
     assert run.record()["complete"] is False
 
 
@@ -307,3 +537,56 @@ def test_numbers_of_labels_are_read_as_they_stand_in_the_tables(given, read):
 def test_other_numbers_of_labels_are_refused():
     with pytest.raises(ValueError, match="whole numbers, or all"):
         proof._numbers("few")
+
+
+@pytest.fixture(scope="module")
+def labelled_cohort(tmp_path_factory):
+    """Twelve volumes whose bright half is the label, of two classes."""
+    folder, cases = tmp_path_factory.mktemp("labelled"), []
+    (folder / "labelsTr").mkdir()
+    for number in range(12):
+        path = write_volume(folder / "imagesTr" / f"{number}.nii.gz", seed=number)
+        image = nib.load(path)
+        label = (np.asarray(image.dataobj) > 500).astype(np.uint8)
+        nib.save(nib.Nifti1Image(label, image.affine), folder / "labelsTr" / path.name)
+        names = {"image": f"imagesTr/{path.name}", "label": f"labelsTr/{path.name}"}
+        cases.append(names | {"class": "ab"[number % 2], "age": 20 + number})
+    content = {"labels": {"0": "background", "1": "bright"}, "training": cases[:8], "validation": cases[8:]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_cohort_tells_what_pre_training_gains_to_segment_it_and_again_without_a_run(
+    labelled_cohort, weights, tmp_path, monkeypatch
+):
+    knobs = {"iterations_per_epoch": 1, "feature_size": 4}
+    settings = {"num_labelled": [1, 4], "seeds": 0, "finetuning_epochs": 1, "rates": 0.01, "knobs": knobs, "jobs": 1}
+    settings |= {"output_dir": str(tmp_path / "out"), "pretrained": str(weights)}
+    Proof(str(labelled_cohort), **settings).segmentation(contestants=["pretrained", "random"])
+    report = json.loads((tmp_path / "out" / "segmentation.json").read_text())
+    assert [row["num_labelled"] for row in report["rows"]] == [1, 4, 1, 4]
+    assert [gain["cases"] for gain in report["gains"]] == [4, 4]
+    dice = {(row["contestant"], row["num_labelled"]): row["val_dice"] for row in report["rows"]}
+    expected = [dice["pretrained", most] - dice["random", most] for most in (1, 4)]
+    assert [gain["value"] for gain in report["gains"]] == pytest.approx(expected, abs=1e-6)
+    assert all(sentence.startswith("With ") for sentence in report["sentences"])
+    ended = tmp_path / "out" / "segmentation" / "random_4_0"
+    assert not (ended / "bundle").exists()
+    assert not (ended / "report.html").exists()
+    monkeypatch.setattr(proof_runs.subprocess, "run", None)
+    Proof(str(labelled_cohort), **settings).segmentation(contestants=["pretrained", "random"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "measure"), [("class", "val_auroc"), ("age", "val_mae")])
+def test_a_cohort_tells_what_pre_training_gains_to_classify_it(labelled_cohort, weights, tmp_path, target, measure):
+    settings = {"num_labelled": "all", "seeds": 0, "finetuning_epochs": 1, "rates": 0.001, "jobs": 1}
+    settings |= {"output_dir": str(tmp_path), "pretrained": str(weights), "knobs": {"iterations_per_epoch": 1}}
+    Proof(str(labelled_cohort), **settings).classification(target, contestants=["pretrained", "densenet"])
+    report = json.loads((tmp_path / f"classification_{target}.json").read_text())
+    assert set(report["guess"]) < set(report["rows"][0]) | {"cases"}
+    assert measure in report["guess"]
+    (gain,) = report["gains"]
+    sign = -1 if measure == "val_mae" else 1
+    assert gain["value"] == pytest.approx(sign * (report["rows"][0][measure] - report["rows"][1][measure]), abs=1e-4)

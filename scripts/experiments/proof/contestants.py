@@ -1,10 +1,23 @@
-"""Who takes part in the experiments, and in which ways each may learn; all are of the small size."""
+"""Who takes part in the experiments, in which ways each may learn, and every number of the recipes they share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FINETUNING", "FINETUNING_RATES", "PRETRAININGS", "PROBED", "RATES", "SEGMENTATIONS", "TUNED_EPOCHS"]
+__all__ = [
+    *(
+        "ACCURACY",
+        "COMPARISONS",
+        "CLASSIFICATION",
+        "DICE",
+        "ERROR",
+        "PRETRAINED",
+        "PRETRAININGS",
+        "PRETRAINING_RATES",
+        "PROBED",
+    ),
+    *("SEGMENTATION", "STEMS", "TUNING", "Contestant", "Measure", "Task"),
+]
 
 
 @dataclass(frozen=True)
@@ -13,36 +26,112 @@ class Contestant:
 
     title: str  # in tables and figures
     colour: str
+    starts_from: str | None = None  # the weights, of those that the user gives; None: random ones
     overlays: tuple[str, ...] = ()  # config files on top of the workflow's own
     knobs: Mapping[str, Any] = field(default_factory=dict)
-    rate_of: str | None = None  # whose learning rate it takes; default: one that is chosen for itself
+    # Shares of the epochs in which the encoder is frozen, one or several to choose from; 0: all learns from the start.
+    freezes: tuple[float, ...] = (0.0,)
+    by_default: bool = True  # it takes part where nobody says who does
     one_in: int | None = None  # it has this part of the ViT-MAE's epochs; default: those that take the same time
-    # Epochs in which the encoder is frozen, one or several to choose from. Then it follows at a tenth of the decoder's
-    # rate; with 0 all learns from the start, at one rate.
-    freezes: tuple[int, ...] = (0,)
 
 
-# An epoch has the same draws, each of them a step: 22 epochs of that end with a masked MSE of 0.070 on held-out
-# training volumes, of half as many steps with two draws with 0.074.
-SHORT = {"strict_stem": True, "batch_size": 1, "iterations_per_epoch": 160}
+@dataclass(frozen=True)
+class Measure:
+    """What a contestant is judged by, and the figure that stands beside it in brackets."""
+
+    key: str  # in metrics.jsonl
+    title: str
+    beside: str  # key of the other one
+    unit: str  # in a sentence
+    scale: float = 1.0  # of what is shown
+    digits: int = 3
+    sign: int = 1  # -1: the less, the better
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned from the labels."""
+
+    workflow: str
+    contestants: Mapping[str, Contestant]
+    knobs: Mapping[str, Any]  # the same for all
+    rates: tuple[float, ...]  # that each chooses from
+    # The other rates that follow from one, from whether the encoder is frozen at first, and whether it is pre-trained.
+    follow: Callable[[float, bool, bool], dict[str, float]]
+
+
+# ----------------------------------------------------------------------------------------------------- fine-tuning
+
+AT_FIRST = 0.2  # share of the epochs in which a fresh head learns alone
+STARTS = {
+    "pretrained": Contestant("pre-trained, fine-tuned", "tab:blue", "pretrained", freezes=(AT_FIRST,)),
+    "pretrained_frozen": Contestant("pre-trained, frozen", "tab:cyan", "pretrained", freezes=(1.0,)),
+    "random": Contestant("random weights, fine-tuned", "tab:grey", freezes=(0.0, AT_FIRST)),
+    "random_frozen": Contestant("random weights, frozen", "silver", freezes=(1.0,)),
+}
+# Who differs by pre-training alone: the first pair that takes part is what the sentences are about.
+PRETRAINED = (("pretrained", "random"), ("pretrained_frozen", "random_frozen"))
+COMPARISONS = (  # who is compared with whom
+    *PRETRAINED,
+    ("pretrained", "unet"),
+    ("pretrained", "densenet"),
+    ("pretrained", "vit_mae"),
+    ("tuned", "untuned"),
+    ("tuned", "random_frozen"),
+)
+# Prepared volumes are few and small, and runs share the cores: none is left for processes that load.
+FINETUNING = {"warmup_epochs": 1, "affine_prob": 0.2, "num_workers": 0}
+VIT = ("peers/vit_segmentation.yaml",)
+SEGMENTATION = Task(
+    "segmentation",
+    {
+        **STARTS,
+        "unet": Contestant("MONAI U-Net, from scratch", "tab:green", overlays=("peers/unet.yaml",)),
+        "unetr": Contestant("MONAI UNETR, from scratch", "tab:red", overlays=("peers/unetr.yaml",), by_default=False),
+        "vit_mae": Contestant("MONAI ViT-MAE, pre-trained", "tab:orange", "vit_mae", VIT, freezes=(AT_FIRST,)),
+    },
+    FINETUNING | {"feature_size": 8, "batch_size": 1, "iterations_per_epoch": 20},
+    (0.003, 0.01, 0.03),
+    lambda rate, frozen, _: {"encoder_learning_rate": rate / 10 if frozen else rate},
+)
+# Encoders in several states, frozen for the whole run.
+STEMS = Task(
+    "segmentation",
+    {
+        "patch_mode": Contestant("patch mode", "tab:purple", "untuned", knobs={"blockwise_norm": True}, freezes=(1.0,)),
+        "untuned": Contestant("volumetric, untuned", "tab:cyan", "untuned", freezes=(1.0,)),
+        "tuned": Contestant("volumetric, tuned", "tab:blue", "tuned", freezes=(1.0,)),
+        "random_frozen": STARTS["random_frozen"],
+    },
+    SEGMENTATION.knobs,
+    SEGMENTATION.rates,
+    SEGMENTATION.follow,
+)
+CLASSIFICATION = Task(
+    "classification",
+    {**STARTS, "densenet": Contestant("MONAI DenseNet, from scratch", "tab:green", overlays=("peers/densenet.yaml",))},
+    FINETUNING | {"batch_size": 4, "iterations_per_epoch": 40},
+    (0.0003, 0.001, 0.003),
+    lambda _, frozen, pretrained: {"lr_decay": 0.75 if pretrained else 1.0},
+)
+DICE = Measure("val_dice", "Dice in percent (Hausdorff distance in voxels)", "val_hausdorff", "Dice", 100, 1)
+ACCURACY = Measure("val_auroc", "AUROC (accuracy)", "val_accuracy", "AUROC")
+ERROR = Measure("val_mae", "mean absolute error (R²)", "val_r2", "in mean absolute error", digits=2, sign=-1)
+
+# ----------------------------------------------------------------------------------- pre-training, tuning, probing
+
+PRETRAINING_RATES = (0.00015, 0.0005, 0.0015, 0.0045)
+STRICT = {"strict_stem": True}
 PRETRAININGS = {
-    "bertswin": Contestant("BertsWin, default stem", "tab:cyan"),  # only chooses the strict one's rate
-    "bertswin_strict": Contestant("BertsWin", "tab:blue", (), {"strict_stem": True}, "bertswin"),
-    "vit_mae": Contestant("MONAI ViT-MAE", "tab:orange", ("peers/vit_mae.yaml",)),
-    "bertswin_fifth": Contestant("BertsWin, a fifth of the epochs, batch 1", "navy", (), SHORT, "bertswin_tenth", 5),
-    "bertswin_tenth": Contestant("BertsWin, a tenth of the epochs, batch 1", "violet", (), SHORT, None, 10),
+    "bertswin": Contestant("BertsWin", "tab:blue", knobs=STRICT),
+    "vit_mae": Contestant("MONAI ViT-MAE", "tab:orange", overlays=("peers/vit_mae.yaml",)),
+    "bertswin_fifth": Contestant("BertsWin, a fifth of the epochs, batch 1", "navy", knobs=STRICT, one_in=5),
+    "bertswin_tenth": Contestant("BertsWin, a tenth of the epochs, batch 1", "violet", knobs=STRICT, one_in=10),
 }
-RATES = (0.00015, 0.0005, 0.0015, 0.0045)
-# Of pre-training: they take longer than the twelve of stem tuning, whose steps cost less than twice as much.
-TUNED_EPOCHS = 24
-# All by the same steps from the same grid of rates, and scored at the end alone.
-SEGMENTATIONS = {
-    "bertswin_strict": Contestant("BertsWin, pre-trained and tuned", "tab:blue", freezes=(4,)),
-    "random": Contestant("BertsWin, random weights", "tab:grey", freezes=(0, 4)),
-    "vit_mae": Contestant("MONAI ViT-MAE, pre-trained", "tab:orange", ("peers/vit_segmentation.yaml",), freezes=(4,)),
-    "unetr": Contestant("MONAI UNETR, from scratch", "tab:red", ("peers/unetr.yaml",)),
-    "unet": Contestant("MONAI U-Net, from scratch", "tab:green", ("peers/unet.yaml",)),
+TUNING = {"batch_size": 4, "accumulation_steps": 1, "iterations_per_epoch": 40, "max_epochs": 12, "warmup_epochs": 1}
+TUNING |= {"learning_rate": 0.001, "affine_prob": 0.2, "flip_prob": 0.0, "num_workers": 0}
+PROBED = {
+    "pretrained": Contestant("pre-trained", "tab:blue", "pretrained"),
+    "random": Contestant("random weights", "tab:grey", "random"),
+    "vit_mae": Contestant("MONAI ViT-MAE, pre-trained", "tab:orange", "vit_mae", ("peers/vit_probe.yaml",)),
 }
-FINETUNING = {"feature_size": 8, "batch_size": 1, "iterations_per_epoch": 20, "val_interval": 1000}
-FINETUNING_RATES = (0.003, 0.01, 0.03)
-PROBED = {"bertswin_strict": (), "random": (), "vit_mae": ("peers/vit_probe.yaml",)}  # with their overlays

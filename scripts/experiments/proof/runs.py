@@ -1,5 +1,6 @@
 """The runs that the proof rests on: each done once, continued where it was stopped, and recorded."""
 
+import csv
 import json
 import math
 import os
@@ -13,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ...mistakes import Mistake
-from ...weights import checkpoints
+from ...weights import checkpoints, read_record, write_record
 
 __all__ = ["ROOT", "Run", "execute", "last_metrics"]
 
 ROOT = Path(__file__).resolve().parents[3]
 # The config files of each workflow, a later one over those before it; overlays of the contestants come last.
 CONFIGS = {
-    "training": ("train.yaml", "small.yaml"),
-    "tuning": ("train.yaml", "tune_stem.yaml", "small.yaml"),
-    "finetuning": ("train.yaml", "finetune_segmentation.yaml", "small.yaml"),
-    "classification": ("train.yaml", "finetune_classification.yaml", "small.yaml"),
-    "probe": ("train.yaml", "probe.yaml", "small.yaml"),
+    "training": ("train.yaml",),
+    "tuning": ("train.yaml", "tune_stem.yaml"),
+    "segmentation": ("train.yaml", "finetune_segmentation.yaml", "peers/scores.yaml"),
+    "classification": ("train.yaml", "finetune_classification.yaml", "peers/scores.yaml"),
+    "probe": ("train.yaml", "probe.yaml"),
 }
-RUN_IDS = {"classification": "finetuning"}  # where it is another name
+RUN_IDS = dict.fromkeys(("segmentation", "classification"), "finetuning")  # where it is another name
 # How a run ends whose loss, gradient or validation is no finite number any more, and what it then counts as.
 DIVERGED = re.compile(r"^error: (.+ is (?:nan|-?inf) (?:in|after) epoch (\d+).+)$", re.MULTILINE)
 WORST = {"val_mse": math.inf, "val_unexplained": math.inf, "val_dice": 0.0, "val_hausdorff": math.inf}
@@ -39,7 +40,7 @@ class Run:
 
     folder: Path  # its output_dir
     workflow: str  # of CONFIGS
-    knobs: Mapping[str, Any]  # over those of the configs; those that are None are left out
+    knobs: Mapping[str, Any]  # over those of the configs
     overlays: tuple[str, ...] = ()  # config files on top of the workflow's own
 
     def config_files(self) -> list[str]:
@@ -61,25 +62,42 @@ class Run:
         return records
 
     def last_weights(self) -> Path:
-        """Write the network of the last epoch, flat, to ``last.pt``; that in ``model.pt`` is chosen by validation.
+        """Write the network of the last epoch and its record to ``last.pt``; ``model.pt`` is chosen by validation.
 
         Raises:
             Mistake: when there is no whole checkpoint, or the run diverged.
         """
         if problem := self.record().get("diverged"):
             raise Mistake(f"{self.folder} has no weights to go on with: {problem['message']}")
-        path = self.folder / "last.pt"
+        path, state = self.folder / "last.pt", self.folder / "checkpoints" / "training_state.pt"
         if not path.exists():
-            checkpoints.save(checkpoints.load(self.folder / "checkpoints" / "training_state.pt")["network"], path)
+            record = read_record(state.with_name("model.pt"))
+            write_record({name: part for name, part in record.items() if name != "metrics"}, path)
+            checkpoints.save(checkpoints.load(state)["network"], path)
         return path
 
-    def execute(self, threads: int) -> None:
-        """Run it, unless it is complete; one that diverges is.
+    def outcome(self) -> str:
+        """Tell where the last weights are, or how the run diverged."""
+        problem = self.record().get("diverged")
+        return problem["message"] if problem else str(self.last_weights())
+
+    def rows(self, name: str) -> dict[str, dict[str, str]]:
+        """Read a table of the last validation, such as ``scores.csv``: by case, the first column, the others by name.
+
+        Empty of a run that diverged.
+        """
+        if "diverged" in self.record():
+            return {}
+        with (self.folder / name).open(newline="") as file:
+            return {next(iter(row.values())): row for row in csv.DictReader(file)}
+
+    def execute(self) -> None:
+        """Run it on one thread, the fastest for networks this small, unless it is complete; one that diverges is.
 
         Raises:
             Mistake: when it fails, with the end of its log; was stopped; or is there with other knobs.
         """
-        knobs = {name: value for name, value in self.knobs.items() if value is not None}
+        knobs = json.loads(json.dumps(self.knobs))  # tuples become lists, as in the record
         configs = [*CONFIGS[self.workflow], *self.overlays]
         settings = {"workflow": self.workflow, "configs": configs, "knobs": knobs}
         if found := self.record():
@@ -89,7 +107,7 @@ class Run:
                 return
         settings["code_version"] = _code_version()
         self._write_record(settings | {"complete": False})
-        ended = self._start(knobs, threads)
+        ended = self._start(knobs)
         if ended.returncode:
             problem = DIVERGED.search(ended.stdout)
             if problem is None:
@@ -103,7 +121,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "run.json").write_text(json.dumps(content, indent=1) + "\n")
 
-    def _start(self, knobs: Mapping[str, Any], threads: int) -> subprocess.CompletedProcess[str]:
+    def _start(self, knobs: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
         """Start or continue it, and wait for its end; what it prints goes to ``log.txt`` and into the result."""
         command = [
             sys.executable,
@@ -115,10 +133,11 @@ class Run:
             str(self.config_files()),
         ]
         for name, value in {**knobs, "output_dir": str(self.folder)}.items():
-            command += [f"--{name}", json.dumps(value) if isinstance(value, list | bool) else str(value)]
+            # As Python has it, for lists and dicts; but MONAI would pass over a None.
+            command += [f"--{name}", "null" if value is None else str(value)]
         if (self.folder / "checkpoints").exists():
             command += ["--resume", "true"]
-        about = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "check": False}
+        about = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "check": False}
         with (self.folder / "log.txt").open("a+") as log:
             start = log.tell()
             ended = subprocess.run(command, **about, stdout=log, stderr=log)  # noqa: S603
@@ -127,14 +146,13 @@ class Run:
 
 
 def execute(runs: Sequence[Run], jobs: int) -> None:
-    """Do the runs that are not complete, some at a time, each with its share of the cores.
+    """Do the runs that are not complete, some at a time.
 
     Raises:
         Mistake: of the first run that fails; no other is started then.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        started = [pool.submit(run.execute, threads) for run in runs]
+        started = [pool.submit(run.execute) for run in runs]
         try:
             for run in as_completed(started):
                 run.result()
