@@ -32,7 +32,7 @@ class DiscriminantStart:
 
     A head that starts at random is taught first what a closed form knows: the steps go into that, and the gradients of
     a head that knows nothing spoil the features of a pre-trained encoder (Kumar et al. 2022). Attach to the trainer
-    behind what resumes a run. A network without such a map starts as it is.
+    behind what resumes a run: a map that has learned something stays. A network without one starts as it is.
     """
 
     network: nn.Module
@@ -46,8 +46,8 @@ class DiscriminantStart:
 
     @torch.no_grad()
     def start(self, engine: Engine) -> None:
-        """Fit, and fill the network, unless the run goes on."""
-        if engine.state.iteration > 0:
+        """Fit, and fill the network, unless it goes on from an earlier training."""
+        if self.network.token_head.expand.weight.any():
             return
         head, classes = self.network.token_head, self.network.settings["num_labels"] + 1
         moments = joint = torch.zeros((), dtype=torch.float64)

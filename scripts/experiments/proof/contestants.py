@@ -1,7 +1,7 @@
-"""Who takes part in the experiments, in which ways each may learn, and every number of the recipes they share."""
+"""Who takes part in the experiments, how each learns, and every number of the recipes they share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = [
@@ -29,8 +29,7 @@ class Contestant:
     starts_from: str | None = None  # the weights, of those that the user gives; None: random ones
     overlays: tuple[str, ...] = ()  # config files on top of the workflow's own
     knobs: Mapping[str, Any] = field(default_factory=dict)
-    # Shares of the epochs in which the encoder is frozen, one or several to choose from; 0: all learns from the start.
-    freezes: tuple[float, ...] = (0.0,)
+    frozen: float = 0.0  # share of the epochs in which the encoder is, the first ones
     by_default: bool = True  # it takes part where nobody says who does
     one_in: int | None = None  # it has this part of the ViT-MAE's epochs; default: those that take the same time
 
@@ -56,18 +55,17 @@ class Task:
     contestants: Mapping[str, Contestant]
     knobs: Mapping[str, Any]  # the same for all
     rates: tuple[float, ...]  # that each chooses from
-    # The other rates that follow from one, from whether the encoder is frozen at first, and whether it is pre-trained.
-    follow: Callable[[float, bool, bool], dict[str, float]]
+    # The other rates that follow from one, and from whether the encoder is pre-trained.
+    follow: Callable[[float, bool], dict[str, float]]
 
 
 # ----------------------------------------------------------------------------------------------------- fine-tuning
 
-AT_FIRST = 0.2  # share of the epochs in which a fresh head learns alone
 STARTS = {
-    "pretrained": Contestant("pre-trained, fine-tuned", "tab:blue", "pretrained", freezes=(AT_FIRST,)),
-    "pretrained_frozen": Contestant("pre-trained, frozen", "tab:cyan", "pretrained", freezes=(1.0,)),
-    "random": Contestant("random weights, fine-tuned", "tab:grey", freezes=(0.0, AT_FIRST)),
-    "random_frozen": Contestant("random weights, frozen", "silver", freezes=(1.0,)),
+    "pretrained": Contestant("pre-trained, fine-tuned", "tab:blue", "pretrained"),
+    "pretrained_frozen": Contestant("pre-trained, frozen", "tab:cyan", "pretrained", frozen=1.0),
+    "random": Contestant("random weights, fine-tuned", "tab:grey"),
+    "random_frozen": Contestant("random weights, frozen", "silver", frozen=1.0),
 }
 # Who differs by pre-training alone: the first pair that takes part is what the sentences are about.
 PRETRAINED = (("pretrained", "random"), ("pretrained_frozen", "random_frozen"))
@@ -88,19 +86,19 @@ SEGMENTATION = Task(
         **STARTS,
         "unet": Contestant("MONAI U-Net, from scratch", "tab:green", overlays=("peers/unet.yaml",)),
         "unetr": Contestant("MONAI UNETR, from scratch", "tab:red", overlays=("peers/unetr.yaml",), by_default=False),
-        "vit_mae": Contestant("MONAI ViT-MAE, pre-trained", "tab:orange", "vit_mae", VIT, freezes=(AT_FIRST,)),
+        "vit_mae": Contestant("MONAI ViT-MAE, pre-trained", "tab:orange", "vit_mae", VIT),
     },
-    FINETUNING | {"feature_size": 8, "batch_size": 1, "iterations_per_epoch": 20},
-    (0.003, 0.01, 0.03),
-    lambda rate, frozen, _: {"encoder_learning_rate": rate / 10 if frozen else rate},
+    FINETUNING | {"batch_size": 1, "iterations_per_epoch": 20},
+    (0.002, 0.006, 0.02),
+    lambda rate, pretrained: {"encoder_learning_rate": rate / 10 if pretrained else rate / 2},
 )
 # Encoders in several states, frozen for the whole run.
 STEMS = Task(
     "segmentation",
     {
-        "patch_mode": Contestant("patch mode", "tab:purple", "untuned", knobs={"blockwise_norm": True}, freezes=(1.0,)),
-        "untuned": Contestant("volumetric, untuned", "tab:cyan", "untuned", freezes=(1.0,)),
-        "tuned": Contestant("volumetric, tuned", "tab:blue", "tuned", freezes=(1.0,)),
+        "patch_mode": Contestant("patch mode", "tab:purple", "untuned", knobs={"blockwise_norm": True}, frozen=1.0),
+        "untuned": Contestant("volumetric, untuned", "tab:cyan", "untuned", frozen=1.0),
+        "tuned": Contestant("volumetric, tuned", "tab:blue", "tuned", frozen=1.0),
         "random_frozen": STARTS["random_frozen"],
     },
     SEGMENTATION.knobs,
@@ -109,10 +107,14 @@ STEMS = Task(
 )
 CLASSIFICATION = Task(
     "classification",
-    {**STARTS, "densenet": Contestant("MONAI DenseNet, from scratch", "tab:green", overlays=("peers/densenet.yaml",))},
+    {
+        **STARTS,
+        "pretrained": replace(STARTS["pretrained"], frozen=0.2),  # a fresh head learns alone first
+        "densenet": Contestant("MONAI DenseNet, from scratch", "tab:green", overlays=("peers/densenet.yaml",)),
+    },
     FINETUNING | {"batch_size": 4, "iterations_per_epoch": 40},
     (0.0003, 0.001, 0.003),
-    lambda _, frozen, pretrained: {"lr_decay": 0.75 if pretrained else 1.0},
+    lambda _, pretrained: {"lr_decay": 0.75 if pretrained else 1.0},
 )
 DICE = Measure("val_dice", "Dice in percent (Hausdorff distance in voxels)", "val_hausdorff", "Dice", 100, 1)
 ACCURACY = Measure("val_auroc", "AUROC (accuracy)", "val_accuracy", "AUROC")

@@ -1,4 +1,4 @@
-"""Learning from labels, from several starts: each in the way that suits it, all on the same cases."""
+"""Learning from labels, from several starts: each at the rate that suits it, all on the same cases."""
 
 import math
 import statistics
@@ -18,9 +18,9 @@ from .contestants import ACCURACY, COMPARISONS, DICE, ERROR, Measure, Task
 from .gains import Gain, auroc_gain, mean_gain
 from .runs import Run, last_metrics
 
-__all__ = ["Comparison", "Way", "best_way", "guess"]
+__all__ = ["Comparison", "Rate", "best_rate", "guess"]
 
-Way = tuple[str, int, float]  # a contestant, how many epochs its encoder is frozen, and the learning rate
+Rate = tuple[str, float]  # of a contestant
 Runs = dict[tuple[str, int | None, int], Run]  # by contestant, number of labels (None: all) and seed
 
 
@@ -57,8 +57,8 @@ class Comparison:
         """What the contestants are judged by."""
         return DICE if self.targets is None else ACCURACY if self.targets.classes else ERROR
 
-    def selection(self) -> dict[Way, float]:
-        """Learn in every way, and score on a fifth of the training cases, which it does not learn from.
+    def selection(self) -> dict[Rate, float]:
+        """Learn at every rate, and score on a fifth of the training cases, which it does not learn from.
 
         With one seed, and with the middle one of the numbers of labels.
         """
@@ -66,25 +66,22 @@ class Comparison:
         inner = hold_out(self.folds["training"], self.place.parent / f"{self.place.name}_selection.json", groups)
         most = min(list(self.counts.values())[len(self.counts) // 2], len(find_cases(inner)["training"]))
         settings, runs = {"dataset_dir": inner, "num_train_cases": most, "seed": 0}, {}
-        for name in self.names:
-            freezes = dict.fromkeys(round(share * self.epochs) for share in self.task.contestants[name].freezes)
-            for freeze, rate in product(freezes, self.rates):
-                folder = self.place.parent / f"{self.place.name}_selection" / f"{name}_{freeze}_{rate:g}"
-                runs[name, freeze, rate] = self.run((name, freeze, rate), folder, settings)
-        return {way: last[self.measure.key] for way, last in last_metrics(runs, self.jobs).items()}
+        for name, rate in product(self.names, self.rates):
+            folder = self.place.parent / f"{self.place.name}_selection" / f"{name}_{rate:g}"
+            runs[name, rate] = self.run(name, rate, folder, settings)
+        return {key: last[self.measure.key] for key, last in last_metrics(runs, self.jobs).items()}
 
-    def runs(self, found: Mapping[Way, float]) -> Runs:
-        """Name the runs that are scored on the validation cases, each contestant's in its best way."""
+    def runs(self, found: Mapping[Rate, float]) -> Runs:
+        """Name the runs that are scored on the validation cases, each contestant's at its best rate."""
         runs: Runs = {}
         for seed, most, name in product(self.seeds, self.counts, self.names):
             settings = {"dataset_dir": self.dataset_dir, "num_train_cases": most, "seed": seed}
             folder = self.place / f"{name}_{most or 'all'}_{seed}"
-            runs[name, most, seed] = self.run(best_way(found, name, self.measure.sign), folder, settings)
+            runs[name, most, seed] = self.run(name, best_rate(found, name, self.measure.sign), folder, settings)
         return runs
 
-    def run(self, way: Way, folder: Path, settings: Mapping[str, Any]) -> Run:
+    def run(self, name: str, rate: float, folder: Path, settings: Mapping[str, Any]) -> Run:
         """Name one run."""
-        name, freeze, rate = way
         about = self.task.contestants[name]
         knobs = {
             **self.task.knobs,
@@ -92,9 +89,9 @@ class Comparison:
             **about.knobs,
             **settings,
             **dict.fromkeys(("max_epochs", "val_interval", "early_stop_patience"), self.epochs),
-            **self.task.follow(rate, freeze > 0, about.starts_from is not None),
+            **self.task.follow(rate, about.starts_from is not None),
             "learning_rate": rate,
-            "freeze_epochs": freeze,
+            "freeze_epochs": round(about.frozen * self.epochs),
             "pretrained": str(self.weights[about.starts_from]) if about.starts_from else None,
             "index": str(self.place.parent / "index.jsonl"),  # what is known of the volumes, for all runs
         }
@@ -138,9 +135,9 @@ class Comparison:
         return np.array([[float(table[case][column]) for column in columns] for case in cases])
 
 
-def best_way(found: Mapping[Way, float], name: str, sign: int) -> Way:
-    """Choose a contestant's way: the best, of equal ones that of the larger rate."""
-    return max((way for way in found if way[0] == name), key=lambda way: (sign * found[way], way))
+def best_rate(found: Mapping[Rate, float], name: str, sign: int) -> float:
+    """Choose a contestant's rate: the best, of equal ones the larger."""
+    return max((rate for own, rate in found if own == name), key=lambda rate: (sign * found[name, rate], rate))
 
 
 def guess(targets: Targets) -> dict[str, float]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from ..reporting import figure, markdown_table, write_report
 from .contestants import PRETRAINED, PRETRAININGS, PROBED, Measure
-from .finetuning import Comparison, Way
+from .finetuning import Comparison, Rate
 from .gains import Gain, labels_worth
 
 __all__ = ["report_comparison", "report_convergence", "report_probes"]
@@ -67,7 +67,7 @@ def report_comparison(
     comparison: Comparison,
     scores: ByRun,
     gains: Gains,
-    selection: Mapping[Way, float],
+    selection: Mapping[Rate, float],
     guess: Mapping[str, float] | None = None,
 ) -> None:
     """Write what came out of a :class:`Comparison` to ``.json``, ``.md`` and ``.png`` of its name.
@@ -87,10 +87,7 @@ def report_comparison(
     rows = [_summary(scores, measure, name, most, comparison.seeds) for name, most in places]
     labels = _labels(comparison.counts)
     sentences = [_sentence(most, comparison, rows, gains) for most in comparison.counts]
-    by_rate = {
-        (titles[name] + ", frozen at first" * (0 < freeze < comparison.epochs), rate): [measure.scale * score]
-        for (name, freeze, rate), score in selection.items()
-    }
+    by_rate = {(titles[name], rate): [measure.scale * score] for (name, rate), score in selection.items()}
     lines = [
         *(f"{sentence}\n" for sentence in filter(None, sentences)),
         *markdown_table(" | ".join([measure.title, *labels]), _score_rows(rows, measure, titles, guess)),
