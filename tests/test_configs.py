@@ -104,7 +104,7 @@ def test_metadata_network_and_package_agree():
     for package, version in metadata["required_packages_version"].items():
         assert pins[package] == version, package
     assert metadata["version"] in metadata["changelog"]  # the version's only place: pyproject.toml takes it from there
-    contract, encoder = metadata["network_data_format"], scripts.bertswin_mae_small_patch8_48x64x48().encoder
+    contract, encoder = metadata["network_data_format"], scripts.from_pretrained(device="cpu").encoder
     image, pred = contract["inputs"]["image"], contract["outputs"]["pred"]
     volume = torch.zeros(1, image["num_channels"], *image["spatial_shape"])
     assert tuple(encoder(volume).shape[1:]) == (pred["num_channels"], *pred["spatial_shape"])

@@ -26,11 +26,11 @@ BLOCK = re.compile(r"```(\w+)( notest)?\n(.*?)```", re.DOTALL)
 SHAPES = {
     "encoder": {
         "folder": (6, 192),
-        "features": (6, 192, 6, 8, 6),
+        "features": (6, 192, 8, 8, 8),
         "alike": (6, 6),
         "reconstruction": (1, 1, 48, 64, 48),
         "scores": (2, 2),
-        "segmentation": (1, 3, 48, 64, 48),
+        "segmentation": (1, 3, 64, 64, 64),
         "large": (1, 192, 8, 9, 10),
     },
 }
@@ -80,7 +80,8 @@ def workplace(tmp_path_factory, cohort):
     _label(shutil.copytree(cohort, place / "LABELLED"))
     network = scripts.bertswin_mae_small_patch8_48x64x48()
     torch.save(network.state_dict(), place / "MODEL.pt")
-    torch.save(network.encoder.state_dict(), place / "ENCODER.pt")
+    for suffix in (".pt", ".json"):
+        shutil.copy(place / "models" / f"model{suffix}", place / f"ENCODER{suffix}")
     torch.save({"model_state_dict": to_reference_state_dict(network)}, place / "AUTHORS.pt")
     quickstart = place / "runs" / "quickstart" / "checkpoints"
     quickstart.mkdir(parents=True)
@@ -198,7 +199,7 @@ def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_p
     )
     in_package(
         installed,
-        "import torch, bertswin_mae as b; b.from_pretrained(device='cpu')(torch.ones(1, 1, 48, 64, 48))",
+        "import torch, bertswin_mae as b; b.from_pretrained(device='cpu')(torch.ones(1, 1, 64, 64, 64))",
         tmp_path,
     )
     assert {path.name for path in (root / "configs").rglob("*")} == {

@@ -190,7 +190,7 @@ def test_from_a_download_to_features_and_to_the_network(built, server, tmp_path,
     network = monai.bundle.load("bertswin_mae", bundle_dir=str(bundles), workflow_type="inference", source="github")
     weights = torch.load(bundles / "bertswin_mae" / "models" / "model.pt", weights_only=True)
     assert type(network).__name__ == BertsWinEncoder.__name__
-    assert network(torch.rand(1, 1, 48, 64, 48)).shape == (1, 192, 6, 8, 6)
+    assert network(torch.rand(1, 1, 64, 64, 64)).shape == (1, 192, 8, 8, 8)
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in weights.items())
 
 

@@ -16,7 +16,7 @@ from .checks import geometry_in_ras
 from .describing import Case
 from .index import Index
 
-__all__ = ["provenance", "warn_of_seen"]
+__all__ = ["licence_of", "provenance", "warn_of_seen"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,16 @@ def provenance(
             "date": datetime.now(tz=timezone.utc).date().isoformat(),
             "volumes": len(cases),
             "started_from_sha256": pretrained and sha256(pretrained),
+            "started_from_licence": licence_of(pretrained),
         },
         "seen": {"salt": salt, "hashes": sorted({*before["hashes"], *(_salted(one, salt) for one in hashes)})},
     }
+
+
+def licence_of(weights: str | Path | None) -> str | None:
+    """Tell under which licence weights are, as their record says it, or that of those that they started from."""
+    origin = recorded(read_record(weights), "provenance")
+    return origin.get("licence") or origin.get("started_from_licence")
 
 
 def warn_of_seen(cases: list[Case], index: Index, weights: str | Path | None, what: str = "validation") -> list[Case]:

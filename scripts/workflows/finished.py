@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ckpt_export
 
 from ..cli import TRACKING_KNOBS, as_published, caller, overridden
-from ..data import dataset_facts
+from ..data import dataset_facts, licence_of
 from ..knobs import PATHS, is_expression, is_knob
 from ..mistakes import Mistake
 from ..weights import read_weights, stem_is_strict
@@ -101,6 +101,8 @@ class FinishedBundle:
         facts = dataset_facts(self.parser["dataset_dir"])
         licence = facts.get("licence") or facts.get("license") or "not known to this bundle"
         text = f"The licence of the volumes that it was fine-tuned on, as their datalist says it: {licence}\n"
+        if self.pretrained and (of_weights := licence_of(self.pretrained)):
+            text += f"The licence of the weights that it started from: {of_weights}\n"
         (made / "docs/data_license.txt").write_text(text, encoding="utf-8")
 
     def _write_model(self, made: Path, weights: Path) -> None:

@@ -68,10 +68,10 @@ def test_the_encoder_takes_what_the_transform_prepares(place):
 
 
 def test_the_weights_of_the_bundle_are_the_default_and_a_folder_of_it_will_do():
-    volume = torch.rand(1, 1, 48, 64, 48)
+    volume = torch.rand(1, 1, 64, 64, 64)
     with torch.no_grad():
         first, second = (from_pretrained(source, device="cpu")(volume) for source in (None, ROOT))
-    assert first.shape == (1, 192, 6, 8, 6)
+    assert first.shape == (1, 192, 8, 8, 8)
     assert torch.equal(first, second)
 
 

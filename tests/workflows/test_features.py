@@ -190,7 +190,7 @@ def test_a_folder_with_a_bad_file_is_answered_and_the_bad_one_named(tmp_path, ch
     write_volume(data / "two.nii", shape=(33, 34, 35), seed=1)
     (data / "broken.nii.gz").write_bytes(b"nothing")
     nib.save(nib.Nifti1Image(np.full((20, 20, 20), 3.0), np.eye(4)), data / "flat.nii.gz")
-    result = infer(dataset_dir=data, output_dir=out, pretrained=checkpoint, **ENCODER_KNOBS)
+    result = infer(dataset_dir=data, output_dir=out, pretrained=checkpoint, spacing="null", **ENCODER_KNOBS)
     assert result.returncode == 1
     assert "2 of 4 volumes have no features" in result.stderr
     assert "broken: " in result.stderr
