@@ -51,6 +51,14 @@ def blocks(language):
     ]
 
 
+def pages_with(language):
+    return sorted({parameter.values[0] for parameter in blocks(language)})
+
+
+def body_of(page, language):
+    return "\n".join(parameter.values[1] for parameter in blocks(language) if parameter.values[0] == page)
+
+
 def anchors(page):
     """What GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
@@ -107,9 +115,9 @@ def test_a_page_has_no_figure_left_to_fill_in(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "body"), blocks("bash"))
-def test_the_commands_of_a_page_run(page, body, workplace):
-    for line in filter(None, body.splitlines()):
+@pytest.mark.parametrize("page", pages_with("bash"), ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page, workplace):
+    for line in filter(None, body_of(page, "bash").splitlines()):  # in one process: a later one may need an earlier
         # The set-up of the quick start is what installed this very environment.
         words = shlex.split(line.split("&&")[-1].replace(".venv/bin/python", "python"))
         if words[:3] == ["python", "-m", "pytest"]:
@@ -124,12 +132,12 @@ def test_the_commands_of_a_page_run(page, body, workplace):
         assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("page", sorted({parameter.values[0] for parameter in blocks("python")}), ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     for name in [name for name in sys.modules if name == "scripts" or name.startswith("scripts.")]:
         monkeypatch.setitem(sys.modules, f"bertswin_mae{name.removeprefix('scripts')}", sys.modules[name])
-    body = "\n".join(parameter.values[1] for parameter in blocks("python") if parameter.values[0] == page)
+    body = body_of(page, "python")
     names: dict = {"__name__": page.stem}
     exec(compile(body, str(page), "exec"), names)  # noqa: S102
     for name, shape in SHAPES.get(page.stem, {}).items():
