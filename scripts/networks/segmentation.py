@@ -35,7 +35,7 @@ class SegmentationNetwork(nn.Module):
         feature_size: channels at half of the resolution, doubled at every level below.
 
     Raises:
-        Mistake: when a map is on no level.
+        Mistake: when a map is on no level, or the grid is a single token.
     """
 
     def __init__(self, encoder: nn.Module, out_channels: int, feature_size: int = 32) -> None:
@@ -51,6 +51,8 @@ class SegmentationNetwork(nn.Module):
         if not all(1 <= level <= depth for level in self.resolutions):
             shapes = [tuple(hidden.shape[2:]) for hidden in given]
             raise Mistake(f"maps of {shapes} must lie between half of {encoder.img_size} and the grid of the features")
+        if given[-1].shape[2:].numel() == 1:
+            raise Mistake(f"img_size {encoder.img_size} is one patch: a decoder needs two along an axis at least")
         channels = [0] * (depth + 1)
         for level, hidden in zip(self.resolutions, given, strict=True):
             channels[level] += hidden.shape[1]

@@ -25,6 +25,7 @@ ENCODER_KNOBS = (
 )
 TRAINING_KNOBS = ("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_epochs")
 KNOBS = (*ENCODER_KNOBS, *TRAINING_KNOBS, "feature_size", "modality", "spacing", "batch_size")
+SLOW = ("encoder.", "token_head.")  # what learns at ``encoder_learning_rate``
 READER = "NibabelIOWithReorient"  # volumes in RAS, as in pre-training
 RAS = [2, 1, 0]  # axes of nnU-Net's arrays, which are D, H, W back to front
 
@@ -69,7 +70,7 @@ def start_training(
     fill(network.encoder, settings["pretrained"])
     groups = generate_param_groups(
         network,
-        [lambda item: not item[0].startswith("encoder."), lambda item: item[0].startswith("encoder.")],
+        [lambda item: not item[0].startswith(SLOW), lambda item: item[0].startswith(SLOW)],
         ["filter", "filter"],
         [settings["learning_rate"], settings["encoder_learning_rate"]],
         include_others=False,

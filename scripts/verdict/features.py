@@ -92,6 +92,8 @@ def summary(looks: Sequence[Look]) -> dict[str, float]:
 
 def effective_rank(tokens: Tensor) -> float:
     """Exponential of the entropy of the covariance's spectrum: 1 on a line, C if all directions vary alike."""
+    if len(tokens) < 2:
+        return 1.0
     spectrum = torch.linalg.eigvalsh(torch.cov(tokens.double().T)).clamp(min=0)
     shares = spectrum / spectrum.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return math.exp(torch.special.entr(shares).sum().item())
@@ -111,7 +113,7 @@ def token_cosine(tokens: Tensor) -> float:
 def change(before: Tensor, after: Tensor, tokens: Tensor) -> float:
     """How far tokens ``(M, C)`` move, over how far any two of ``tokens`` lie apart: 0 is not at all, 1 as far."""
     moved, apart = (after - before).double().square().sum(dim=1).mean(), 2 * tokens.double().var(dim=0).sum()
-    return (moved / apart).sqrt().item() if apart > 0 else 0.0
+    return (moved / apart).sqrt().item() if len(before) and apart > 0 else 0.0
 
 
 def patient_ratio(embeddings: Tensor, crops: Tensor) -> float:

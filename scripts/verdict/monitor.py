@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
 from monai.networks.utils import eval_mode
 from monai.utils import CommonKeys as Keys
@@ -97,6 +98,10 @@ class FeatureMonitor:
         if not self.looks:
             return
         started = time.monotonic()
+        if not all(torch.isfinite(tokens).all() for one in self.looks for tokens in one.tokens):
+            logger.warning("the features are not finite after epoch %d: they are not looked at", engine.state.epoch)
+            self.looks = []
+            return
         figures = summary(self.looks)
         if self.probe is not None:
             with eval_mode(self.network):

@@ -185,10 +185,13 @@ def under_trained(run: Run) -> Finding | None:
         + (
             " --resume true does the rest."
             if run.ended
+            else " Start anew with a larger early_stop_patience."
+            if run.facts.stopped_early
             else " Start anew with more max_epochs: the rate ends with them."
         )
     )
-    return Finding("under-trained", words, "resume" if run.ended else "max_epochs")
+    knob = "resume" if run.ended else "early_stop_patience" if run.facts.stopped_early else "max_epochs"
+    return Finding("under-trained", words, knob)
 
 
 def healthy(run: Run) -> Finding:

@@ -60,7 +60,14 @@ class DiscriminantStart:
                 targets = rearrange(shares, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", **side).to(rows.device)
                 moments, joint = moments + (rows.T @ rows).double().cpu(), joint + (rows.T @ targets).double().cpu()
         count = moments[-1, -1].item()
-        self.network.start_from(*discriminants(moments / count, joint / count, classes, head.reduce.out_channels))
+        try:
+            found = discriminants(moments / count, joint / count, classes, head.reduce.out_channels)
+        except torch.linalg.LinAlgError:  # features of one value, or of enormous ones
+            found = (torch.tensor(torch.nan),)
+        if not all(torch.isfinite(values).all() for values in found):
+            logger.warning("no linear map can be fitted to the features of this encoder: it starts at zero")
+            return
+        self.network.start_from(*found)
         logger.info("the network starts from a linear map, fitted to %d tokens", count)
 
 
@@ -106,7 +113,7 @@ def _centred(values: Tensor, classes: int) -> Tensor:
 def _conditioned(covariance: Tensor, share: float) -> Tensor:
     """Add to the diagonal a share of it, and a little where it is zero."""
     diagonal = covariance.diagonal()
-    return covariance + torch.diag(share * diagonal + 1e-6 * diagonal.mean() + torch.finfo(diagonal.dtype).tiny)
+    return covariance + torch.diag(share * diagonal + 1e-6 * diagonal.mean() + 1e-12)
 
 
 def _padded(values: Tensor, rank: int, dim: int) -> Tensor:

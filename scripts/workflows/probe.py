@@ -26,6 +26,7 @@ __all__ = ["FewCasesProbe", "FrozenProbe"]
 logger = logging.getLogger(__name__)
 
 PENALTIES = tuple(10.0**power for power in range(-4, 5))
+MOST_LABELS = 256  # that are looked at while training
 NEIGHBOURS = (1, 2, 3, 5, 10, 20, 40)
 Cases = tuple[Tensor, Tensor]  # features (cases, …, C) and targets (cases, …, K)
 Score = Callable[[Tensor, Tensor], float]  # of a prediction and its target, larger is better
@@ -140,7 +141,7 @@ class FewCasesProbe:
                     for fold in self.read]  # fmt: skip
         (train, val), scores = features, {}
         if "label" in self.read[0][0]:
-            most = int(max(case["label"].max() for case in self.read[0]))
+            most = min(MOST_LABELS, int(max(case["label"].max() for case in self.read[0])))
             targets = [torch.cat([label_fractions(case["label"][None], most, self.patch_size) for case in fold])
                        for fold in self.read]  # fmt: skip
             found, _ = fit_best(ridge, PENALTIES, (train, targets[0]), val, mean_r_squared)
@@ -221,8 +222,10 @@ def nearest_neighbours(k: int, rows: int) -> KNeighborsRegressor:
 
 def label_fractions(label: Tensor, num_labels: int, patch_size: int) -> Tensor:
     """Turn labels ``(B, 1, D, H, W)``, 0 = background, into each one's share of every patch, ``(B, N, num_labels)``."""
-    one_hot = torch.cat([(label.round() == number).float() for number in range(1, num_labels + 1)], dim=1)
-    return F.avg_pool3d(one_hot, patch_size).flatten(2).mT
+    # One label after the other: all at once would take as many volumes.
+    labels = range(1, num_labels + 1)
+    shares = [F.avg_pool3d((label.round() == number).float(), patch_size) for number in labels]
+    return torch.cat(shares, dim=1).flatten(2).mT
 
 
 def r_squared(prediction: Tensor, target: Tensor) -> Tensor:

@@ -114,3 +114,9 @@ def test_stretched_intensities_stay_in_their_range():
     wide = stretch(volume)
     assert torch.equal(wide.amax(dim=(1, 2, 3, 4)), volume.amax(dim=(1, 2, 3, 4)))
     assert wide.std() > volume.std()
+
+
+def test_a_single_token_has_one_direction_and_does_not_change():
+    token = torch.ones(1, 4)
+    assert effective_rank(token) == 1.0
+    assert change(token[:0], token[:0], torch.randn(5, 4)) == 0.0

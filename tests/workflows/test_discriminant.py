@@ -92,3 +92,11 @@ def test_the_encoder_is_not_touched(halves):
     assert all(
         torch.equal(value, encoder[name]) for name, value in started(network(), [halves]).encoder.state_dict().items()
     )
+
+
+def test_features_that_say_nothing_leave_the_map_at_zero(halves, caplog):
+    silent = network()
+    for parameter in silent.encoder.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    assert not started(silent, [halves]).token_head.expand.weight.any()
+    assert "no linear map can be fitted" in caplog.text

@@ -43,7 +43,8 @@ def hold_out(cases: Sequence[Case], path: Path, groups: Mapping[str, Any] | None
     held_out: set[str] = set()
     for group in set(patients.values()):
         ranked = sorted((name for name in patients if patients[name] == group), key=lambda name: case_seed(name, 1))
-        held_out.update(ranked[: max(1, len(ranked) // 5)])
+        if len(ranked) > 1:  # of a class that one patient has, there is none to spare
+            held_out.update(ranked[: max(1, len(ranked) // 5)])
     folds = {
         "training": [case for case in cases if _patient(case) not in held_out],
         "validation": [case for case in cases if _patient(case) in held_out],

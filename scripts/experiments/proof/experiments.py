@@ -1,6 +1,7 @@
 """The experiments on one cohort."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -190,8 +191,11 @@ class Proof:
         )
         found = comparison.selection()
         runs = comparison.runs(found)
-        scores = last_metrics(runs, self.jobs)
-        report_comparison(comparison, scores, comparison.gains(runs), found, guess(targets) if targets else None)
+        scores, blind = last_metrics(runs, self.jobs), guess(targets) if targets else None
+        for last in scores.values():
+            if math.isinf(last.get("val_mae", 0)):  # it diverged, and counts as a guess, as it does case by case
+                last |= {"val_r2": 0.0, **blind}
+        report_comparison(comparison, scores, comparison.gains(runs), found, blind)
 
     def _weights(self) -> dict[str, Path]:
         given = {"pretrained": given_weights(self.pretrained, "pretrained")}

@@ -89,7 +89,7 @@ class Comparison:
             **about.knobs,
             **settings,
             **dict.fromkeys(("max_epochs", "val_interval", "early_stop_patience"), self.epochs),
-            **self.task.follow(rate, about.starts_from is not None),
+            **self.task.follow(rate, about.starts_from is not None or about.frozen == 1),
             "learning_rate": rate,
             "freeze_epochs": round(about.frozen * self.epochs),
             "pretrained": str(self.weights[about.starts_from]) if about.starts_from else None,

@@ -306,7 +306,7 @@ def _axes(table: Iterable[tuple]) -> list[list]:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    if math.inf in values:  # of a run that diverged
+    if not all(map(math.isfinite, values)):  # of a run that diverged
         return math.inf
     return statistics.stdev(values) if len(values) > 1 else 0.0
 

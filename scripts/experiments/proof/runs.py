@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...mistakes import Mistake
-from ...weights import checkpoints, read_record, write_record
+from ...weights import checkpoints, read_record, sha256, write_record
 
 __all__ = ["ROOT", "Run", "execute", "last_metrics"]
 
@@ -31,7 +31,7 @@ RUN_IDS = dict.fromkeys(("segmentation", "classification"), "finetuning")  # whe
 # How a run ends whose loss, gradient or validation is no finite number any more, and what it then counts as.
 DIVERGED = re.compile(r"^error: (.+ is (?:nan|-?inf) (?:in|after) epoch (\d+).+)$", re.MULTILINE)
 WORST = {"val_mse": math.inf, "val_unexplained": math.inf, "val_dice": 0.0, "val_hausdorff": math.inf}
-WORST |= {"val_auroc": 0.0, "val_accuracy": 0.0, "val_mae": math.inf, "val_r2": -math.inf}
+WORST |= {"val_auroc": 0.5, "val_accuracy": 0.0, "val_mae": math.inf, "val_r2": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,11 @@ class Run:
         """
         knobs = json.loads(json.dumps(self.knobs))  # tuples become lists, as in the record
         configs = [*CONFIGS[self.workflow], *self.overlays]
+        weights = knobs.get("pretrained")  # which may change, while their path does not
         settings = {"workflow": self.workflow, "configs": configs, "knobs": knobs}
+        settings["sha256_of_weights"] = weights and sha256(weights)
         if found := self.record():
-            if any(found[key] != value for key, value in settings.items()):
+            if any(found.get(key) != value for key, value in settings.items()):
                 raise Mistake(f"{self.folder} holds a run with other knobs, see its run.json: remove it")
             if found["complete"]:
                 return

@@ -96,7 +96,8 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
         "cache": (cache, f"the prepared volumes take {prepared / 1e9:.2g} GB"),
         "num_workers": (workers, f"of {machine.cores()} cores"),
         "precision": ("auto", "bfloat16 where the device has instructions for it"),
-        "learning_rate": (size.learning_rate, of_size),
+        # A fresh decoder of label maps learns at a rate of its own.
+        "learning_rate": (f"$0.006 if @recipe == 'segmentation' else {size.learning_rate}", of_size),
         "affine_prob": (0.2, "a short training learns most from volumes as they are"),
         "flip_prob": (0.0, "the same"),
     }
