@@ -33,7 +33,7 @@ def test_the_knobs_of_all_workflows_are_here():
     assert len({name for name, _ in KNOBS}) > 60
     assert {name for name, _ in NULLABLE} == {
         *("dataset_dir", "pretrained", "strict_stem", "num_train_cases", "group_by"),
-        *("spacing", "iterations_per_epoch", "clip_norm", "index", "monitor_interval"),
+        *("spacing", "iterations_per_epoch", "clip_norm", "discriminant_draws", "index", "monitor_interval"),
     }
 
 
