@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -30,7 +31,7 @@ from scripts.experiments.proof.runs import Run, execute
 @pytest.fixture
 def run(cohort, tmp_path):
     knobs = TINY_KNOBS | {"dataset_dir": str(cohort), "max_epochs": 1, "strict_stem": True}
-    return Run(tmp_path / "run", "training", knobs)
+    return Run(tmp_path / "run", "training", knobs, ("small.yaml",))
 
 
 @pytest.fixture
@@ -74,12 +75,12 @@ def test_a_run_is_done_once_and_another_in_its_place_is_refused(run, monkeypatch
     monkeypatch.setattr(proof_runs.subprocess, "run", None)
     execute([run], jobs=1)  # there already
     with pytest.raises(ValueError, match="holds a run with other knobs"):
-        execute([Run(run.folder, run.workflow, run.knobs | {"seed": 1})], jobs=1)
+        execute([replace(run, knobs=run.knobs | {"seed": 1})], jobs=1)
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_why_and_is_not_complete(run):
-    broken = Run(run.folder, run.workflow, run.knobs | {"patch_size": 7})
+    broken = replace(run, knobs=run.knobs | {"patch_size": 7})
     with pytest.raises(ValueError, match="patch_size 7 must be a power of two"):
         execute([broken], jobs=1)
     assert broken.record()["complete"] is False
@@ -475,7 +476,7 @@ def test_a_run_that_was_stopped_is_not_complete(run, monkeypatch):
         return proof_runs.subprocess.CompletedProcess([], 0, stdout="")
 
     monkeypatch.setattr(proof_runs.subprocess, "run", stopped)
-    longer = Run(run.folder, run.workflow, run.knobs | {"max_epochs": 2})
+    longer = replace(run, knobs=run.knobs | {"max_epochs": 2})
     with pytest.raises(ValueError, match="stopped before its end"):
         longer.execute()
     assert longer.record()["complete"] is False
@@ -523,7 +524,7 @@ def test_the_message_of_an_earlier_attempt_does_not_count(run, monkeypatch):
 
 @pytest.mark.slow
 def test_training_that_diverges_is_told_by_its_last_line(run):
-    hot = Run(run.folder, run.workflow, run.knobs | {"learning_rate": 1e30, "clip_norm": 1e30, "max_epochs": 3})
+    hot = replace(run, knobs=run.knobs | {"learning_rate": 1e30, "clip_norm": 1e30, "max_epochs": 3})
     execute([hot], jobs=1)
     assert "is nan" in hot.record()["diverged"]["message"]
     assert hot.metrics()[-1]["val_mse"] == math.inf
