@@ -239,3 +239,10 @@ def test_a_changed_label_is_not_answered_from_the_disk_cache(tmp_path):
         (tmp_path / "label").write_text(text)
         names.add(_hash_file({"image": str(tmp_path / "image"), "label": str(tmp_path / "label"), "case": "a"}))
     assert len(names) == 2
+
+
+def test_a_worker_puts_turned_and_unturned_volumes_with_their_masks_into_one_batch(cohort, tmp_path):
+    knobs = TINY_KNOBS | {"batch_size": 6, "iterations_per_epoch": 2, "num_workers": 1, "affine_prob": 0.5}
+    workflow = started(**knobs, dataset_dir=str(cohort), output_dir=str(tmp_path), field_of_view="foreground")
+    batches = list(workflow.parser.get_parsed_content("train::dataloader"))
+    assert [batch["fov"].dtype for batch in batches] == [torch.uint8] * 2
