@@ -66,10 +66,11 @@ class SegmentationNetwork(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         """Map ``(B, in_chans, *img_size)`` to logits ``(B, out_channels, *img_size)``."""
         given = self.encoder.forward_intermediates(volume)
+        tokens, *skips = (self._of_level(given, level) for level in range(len(self.levels), 0, -1))
         hidden: list[Tensor] = []
-        for level, block in zip(range(len(self.levels), 0, -1), self.levels, strict=True):
-            hidden = [block(self._of_level(given, level), hidden)]
-        return hidden[0] + self.token_head(self._of_level(given, len(self.levels)))
+        for block, maps in zip(self.levels, (tokens, *skips), strict=True):
+            hidden = [block(maps, hidden)]
+        return hidden[0] + self.token_head(tokens)
 
     def tokens(self, volume: Tensor) -> Tensor:
         """Map volumes to what the linear map takes, ``(B, K, D/P, H/P, W/P)``."""

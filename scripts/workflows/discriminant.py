@@ -63,8 +63,8 @@ class DiscriminantStart:
         try:
             found = discriminants(moments / count, joint / count, classes, head.reduce.out_channels)
         except torch.linalg.LinAlgError:  # features of one value, or of enormous ones
-            found = (torch.tensor(torch.nan),)
-        if not all(torch.isfinite(values).all() for values in found):
+            found = None
+        if found is None or not all(torch.isfinite(values).all() for values in found):
             logger.warning("no linear map can be fitted to the features of this encoder: it starts at zero")
             return
         self.network.start_from(*found)
