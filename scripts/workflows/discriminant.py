@@ -50,7 +50,8 @@ class DiscriminantStart:
         if self.network.token_head.expand.weight.any():
             return
         head, classes = self.network.token_head, self.network.settings["num_labels"] + 1
-        moments = joint = torch.zeros((), dtype=torch.float64)
+        channels, places = head.reduce.in_channels + 1, head.expand.out_channels
+        moments, joint = (torch.zeros(channels, width, dtype=torch.float64) for width in (channels, places))
         with eval_mode(self.network):
             for batch in self.draws:
                 tokens = self.inferer(batch[Keys.IMAGE].to(engine.state.device), self.network.tokens)
@@ -58,7 +59,8 @@ class DiscriminantStart:
                 shares = F.avg_pool3d(one_hot(batch[Keys.LABEL], classes), head.repeats)
                 side = dict.fromkeys("pqr", head.side)
                 targets = rearrange(shares, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", **side).to(rows.device)
-                moments, joint = moments + (rows.T @ rows).double().cpu(), joint + (rows.T @ targets).double().cpu()
+                moments += (rows.T @ rows).cpu()
+                joint += (rows.T @ targets).cpu()
         count = moments[-1, -1].item()
         try:
             found = discriminants(moments / count, joint / count, classes, head.reduce.out_channels)
