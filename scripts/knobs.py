@@ -31,6 +31,11 @@ class Range:
         return low if self.high == inf else f"{low} and {high}"
 
 
+# As YAML spells them: the command line of MONAI hands them over as text.
+NULL = ("null", "~", "")
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+SWITCHES = ("augment_on_device",)  # auto: where it helps
 # What a knob may be, or the entries of its list; case does not count.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "modality": ("ct", "mr"),
@@ -45,8 +50,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mode": ("volumetric", "patch"),
     "task": ("auto", "classification", "regression"),
     "pooling": ("mean", "attention"),
+    **dict.fromkeys(SWITCHES, ("auto", True, False)),
 }
-SYNONYMS = {"modality": {"mri": "mr"}}
+SYNONYMS = {"modality": {"mri": "mr"}, **dict.fromkeys(SWITCHES, TRUTH)}
 SHARES = ("affine_prob", "ct_noise_prob", "flip_prob", "hu_warp_prob", "intensity_prob")
 FROM_ZERO = (
     *("encoder_learning_rate", "final_learning_rate", "freeze_epochs", "num_figure_volumes", "num_workers"),
@@ -92,9 +98,6 @@ EXAMPLES: dict[str, Any] = {
 OPTIONAL = ("clip_norm", "discriminant_draws", "index", "iterations_per_epoch", "monitor_interval", "spacing")
 # Lists of numbers that may have any length; all others have that of the config's own.
 FREE_LENGTH = ("flip_axes",)
-# As YAML spells them: the command line of MONAI hands them over as text.
-NULL = ("null", "~", "")
-TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def read(name: str, value: Any, default: Any) -> Any:
@@ -197,8 +200,8 @@ def _choose(name: str, value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         chosen = [_choose(name, entry) for entry in value]
         return value if chosen == list(value) else chosen
-    word, valid = str(value).lower(), {str(choice): choice for choice in CHOICES[name]}
-    word = SYNONYMS.get(name, {}).get(word, word)
+    word, valid = str(value).lower(), {str(choice).lower(): choice for choice in CHOICES[name]}
+    word = str(SYNONYMS.get(name, {}).get(word, word)).lower()
     if word not in valid and not is_expression(value):
         raise Mistake(f"{name} is {value!r} but must be one of {list(CHOICES[name])}{likely(word, valid)}")
     return valid.get(word, value)

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_KNOBS, bundle, started, write_volume
-from monai.bundle import ConfigWorkflow
-from monai.transforms import OneOf
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 import scripts
 from scripts.cli import check_knobs
+from scripts.data.draws import Draw
 
 CONFIGS = ROOT / "configs"
 
@@ -231,23 +231,24 @@ def test_preparation_orients_resamples_scales_crops_and_pads(tmp_path, modality,
         assert (bright > 15.5) == (axcodes == "RAS")  # the bright half lies left or right
 
 
+def draws(resolve, count):
+    """Draw the first training volume several times."""
+    return [resolve("train::dataloader").dataset[Draw(0, seed)] for seed in range(count)]
+
+
 def test_random_crops_reach_every_part_of_a_volume_and_flips_only_the_axes_asked_for(tmp_path):
     ramp = np.stack(np.meshgrid(*3 * [np.arange(44.0)], indexing="ij"))
     for number in range(2):
         voxels = (ramp[0] + 50 * ramp[1] + 1e-3 * number).astype(np.float32)
         nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{number}.nii.gz")
     settings = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), **TINY_KNOBS}
-    dataset = built(**settings, affine_prob=0.0, flip_prob=0.0)("train::dataset")
-    raw = sorted({round(dataset[0]["image"].min().item(), 3) for _ in range(60)})
-    lows, highs = zip(*((image.min().item(), image.max().item()) for image in (dataset[0]["image"] for _ in range(80))),
-                      strict=True)  # fmt: skip
+    images = [item["image"] for item in draws(built(**settings, affine_prob=0.0, flip_prob=0.0), 80)]
+    lows, highs = ([limit(image).item() for image in images] for limit in (torch.min, torch.max))
     assert min(lows) < -0.88  # the foreground crop keeps what is above -0.9
     assert max(highs) > 0.98
-    assert len(raw) > 10  # many different places
-
-    first_step = [image[0, 1, 5, 5] - image[0, 0, 5, 5] for image in (dataset[0]["image"] for _ in range(20))]
-    assert all(step > 0 for step in first_step)
-    flipped = built(**settings, affine_prob=0.0, flip_prob=1.0, flip_axes=[0])("train::dataset")[0]["image"]
+    assert len({round(low, 3) for low in lows}) > 10  # many different places
+    assert all(image[0, 1, 5, 5] > image[0, 0, 5, 5] for image in images)
+    flipped = draws(built(**settings, affine_prob=0.0, flip_prob=1.0, flip_axes=[0]), 1)[0]["image"]
     assert flipped[0, 1, 5, 5] < flipped[0, 0, 5, 5]
     assert flipped[0, 5, 1, 5] > flipped[0, 5, 0, 5]
 
@@ -256,11 +257,9 @@ def test_rotation_is_meant_in_degrees(tmp_path):
     for number in range(2):
         write_volume(tmp_path / f"{number}.nii.gz", shape=(48, 48, 48), seed=number)
     resolve = built(dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), **TINY_KNOBS, affine_prob=1.0)
-    (rotated_or_not,) = [step for step in resolve("train::random_transforms") if isinstance(step, OneOf)]
-    affine = rotated_or_not.transforms[0]
-    assert rotated_or_not.weights[0] == 1
-    assert affine.rand_affine.rand_affine_grid.rotate_range == pytest.approx([12 / 180 * np.pi] * 3)
-    assert affine.rand_affine.rand_affine_grid.scale_range == pytest.approx([0.1] * 3)
+    turn = resolve("train::augmentation").transforms[0]
+    assert turn.radians == pytest.approx(12 / 180 * np.pi)
+    assert (turn.prob, turn.scaling) == (1, 0.1)
 
 
 def test_the_trainer_is_built_with_the_knobs(cohort, tmp_path):
@@ -304,7 +303,7 @@ def padded_cts(folder):
 def test_the_field_of_view_follows_the_volume_through_every_transform(tmp_path, field_of_view, spacing):
     settings = padded_cts(tmp_path) | {"field_of_view": field_of_view, "spacing": spacing, "img_size": [48, 48, 48]}
     resolve = built(**settings, affine_prob=1.0, ct_noise_prob=0.0, hu_warp_prob=0.0)
-    drawn = [resolve("train::dataset")[0][0] for _ in range(10)]
+    drawn = draws(resolve, 10)
     for item in (resolve("validate::dataset")[0], *drawn):
         image, fov = item["image"][0], item["fov"][0].bool()
         truth = image > (-1.7124 if field_of_view == "scanner" else -0.5)  # padding is at the window's lower end
@@ -319,9 +318,7 @@ def test_only_the_input_is_augmented(tmp_path):
     settings = padded_cts(tmp_path)
 
     def draw(**knobs):
-        dataset = built(**(settings | knobs))("train::dataset")
-        dataset.transform.set_random_state(seed=5)
-        return dataset[0]
+        return draws(built(**(settings | knobs)), 1)[0]
 
     clean = draw(hu_warp_prob=0.0, ct_noise_prob=0.0)
     assert torch.equal(clean["image"], clean["target"])
@@ -329,20 +326,35 @@ def test_only_the_input_is_augmented(tmp_path):
     assert torch.equal(noisy["target"], clean["target"])
     assert (noisy["image"] - noisy["target"]).abs().max() > 0.01
     assert noisy["image"].min() >= -1.7126
-    assert "target" not in draw(augment_on_device=True)
 
 
-def test_augmentation_on_the_device_follows_from_the_draws_seed(tmp_path):
-    resolve = built(**padded_cts(tmp_path), augment_on_device=True, hu_warp_prob=1.0, ct_noise_prob=1.0)
-    prepare = resolve("train::prepare_batch")
-    image = resolve("train::dataset")[0]["image"][None]
-    first, again, other = (prepare({"image": image, "seed": torch.tensor([seed])}, "cpu") for seed in (1, 1, 2))
-    assert torch.equal(first[0], again[0])
-    assert not torch.equal(first[0], other[0])
-    assert torch.equal(first[1], other[1])  # the target is clean
-    assert resolve("validate::prepare_batch").augmentation is None
+@pytest.mark.parametrize("field_of_view", ["none", "scanner", "foreground"])
+def test_the_device_makes_the_same_batches_as_the_workers(tmp_path, field_of_view):
+    settings = padded_cts(tmp_path) | {"num_workers": 0, "field_of_view": field_of_view, "flip_prob": 0.5}
+    settings |= {"affine_prob": 0.7, "hu_warp_prob": 0.7, "ct_noise_prob": 0.7, "batch_size": 4}
+
+    def batches(on_device):
+        resolve = built(**settings, augment_on_device=on_device)
+        loader, prepare = resolve("train::dataloader"), resolve("train::trainer").prepare_batch
+        given = list(loader)
+        assert given[0]["image"].shape[2] == (40 if on_device else 32)  # with room to turn, or turned
+        return [prepare(batch, "cpu") for batch in given]
+
+    for ours, theirs in zip(batches(True), batches(False), strict=True):
+        for one, other in zip(ours[:2], theirs[:2], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert ours[3].keys() == theirs[3].keys()
+        assert all(torch.equal(ours[3][name], theirs[3][name]) for name in ours[3])
+
+
+@pytest.mark.parametrize(
+    ("device", "knob", "expected"), [("cpu", "auto", False), ("cuda:0", "auto", True), ("cpu", True, True)]
+)
+def test_volumes_are_augmented_on_a_gpu_by_default_and_elsewhere_by_the_workers(device, knob, expected):
+    config = ConfigParser.load_config_file(CONFIGS / "train.yaml") | {"device": device, "augment_on_device": knob}
+    assert ConfigParser(config).get_parsed_content("train::on_device") is expected
 
 
 def test_mr_is_not_augmented_in_hounsfield_units(cohort, tmp_path):
     resolve = built(dataset_dir=str(cohort), output_dir=str(tmp_path), **TINY_KNOBS)
-    assert "target" not in resolve("train::dataset")[0]
+    assert "target" not in draws(resolve, 1)[0]

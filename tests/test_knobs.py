@@ -148,6 +148,9 @@ def test_a_number_out_of_range_ends_a_run_before_anything_is_read(name, value, m
         *(("modality", text, "mr") for text in ("MR", "mr", "Mr", "MRI", "mri", "Mri")),
         *(("cache", "Disk", "disk"), ("cache", "NONE", "none"), ("field_of_view", "Scanner", "scanner")),
         *(("precision", "BF16", "bf16"), ("parallel", "FSDP", "fsdp")),
+        *(("augment_on_device", text, True) for text in (True, "true", "Yes")),
+        *(("augment_on_device", text, False) for text in (False, "False", "off")),
+        ("augment_on_device", "Auto", "auto"),
     ],
 )
 def test_choices_are_compared_without_case(name, text, meant):
@@ -157,7 +160,7 @@ def test_choices_are_compared_without_case(name, text, meant):
 @pytest.mark.parametrize(
     ("name", "value", "proposal"),
     [("modality", "pet", ""), ("modality", "T1", ""), ("cache", "ram", ""), ("precision", "float", ""),
-     ("cache", "disc", ": did you mean disk?"), ("field_of_view", "scaner", ": did you mean scanner?")],
+     ("augment_on_device", "maybe", ""), ("cache", "disc", ": did you mean disk?"), ("field_of_view", "scaner", ": did you mean scanner?")],
 )  # fmt: skip
 def test_a_choice_is_proposed_if_it_is_like_what_came(name, value, proposal):
     with pytest.raises(Mistake) as caught:

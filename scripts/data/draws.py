@@ -1,6 +1,6 @@
 """Draws for training, in which all randomness is a function of the seed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -88,10 +88,17 @@ class DrawSampler(DistributedSampler):
 
 
 class DrawnDataset(torch.utils.data.Dataset):
-    """Answer a :class:`DrawSampler` from MONAI's dataset: seed its transforms, load, pass the seed on for the mask."""
+    """Answer a :class:`DrawSampler` from MONAI's dataset: seed its transforms, load, pass the seed on for the mask.
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: MONAI's.
+        augmentation: of what it gives, also seeded by the draw; None: the device does it, later.
+    """
+
+    def __init__(
+        self, dataset: Dataset, augmentation: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
+    ) -> None:
+        self.dataset, self.augmentation = dataset, augmentation
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -104,7 +111,9 @@ class DrawnDataset(torch.utils.data.Dataset):
         set_track_meta(tracked and not isinstance(self.dataset, CacheDataset))
         try:
             item = self.dataset[draw.index]
+            item = item[0] if isinstance(item, list) else item  # MONAI's crops that could take several give a list
+            if self.augmentation is not None:
+                item = self.augmentation(item, draw.seed)
         finally:
             set_track_meta(tracked)
-        item = item[0] if isinstance(item, list) else item  # MONAI's crops that could take several give a list
         return {**item, "seed": draw.seed}

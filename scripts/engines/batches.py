@@ -1,19 +1,18 @@
 """From a batch of the data loader to the network's arguments."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from monai.engines import PrepareBatch
-from monai.transforms import Compose
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from ..data.splitting import case_seed
 from ..mistakes import Mistake
 from ..networks.patches import patchify, random_masking, valid_patches
+from ..transforms import Augmentation
 
-__all__ = ["PrepareMaskedBatch", "PrepareWholeBatch"]
+__all__ = ["AugmentedBatch", "PrepareMaskedBatch", "PrepareWholeBatch"]
 
 
 class PrepareWholeBatch(PrepareBatch):
@@ -49,23 +48,13 @@ class PrepareMaskedBatch(PrepareWholeBatch):
         mask_ratio: share of the valid patches to hide; must lie in (0, 1).
         seed: of the run.
         min_valid_share: a patch is valid when more of its voxels lie in the ``fov`` ``(B, 1, D, H, W)``, where one is.
-        augmentation: of the input alone, not of the target: transforms of ``{"image": (C, D, H, W)}``, applied to each
-            volume of a training batch on the network's device, and seeded by the volume's seed.
     """
 
-    def __init__(
-        self,
-        patch_size: int,
-        mask_ratio: float,
-        seed: int = 0,
-        min_valid_share: float = 0.95,
-        augmentation: Sequence[Callable] | None = None,
-    ) -> None:
+    def __init__(self, patch_size: int, mask_ratio: float, seed: int = 0, min_valid_share: float = 0.95) -> None:
         super().__init__(patch_size)
         if not 0 < mask_ratio < 1:
             raise Mistake(f"mask_ratio {mask_ratio} must lie in (0, 1) to train on, for example 0.75")
         self.mask_ratio, self.seed, self.min_valid_share = mask_ratio, seed, min_valid_share
-        self.augmentation = Compose(augmentation) if augmentation else None
 
     def __call__(self, batchdata: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, tuple, dict]:
         """Return volume and target as :class:`PrepareWholeBatch`, and the masks by keyword."""
@@ -74,8 +63,6 @@ class PrepareMaskedBatch(PrepareWholeBatch):
             seeds = batchdata["seed"].tolist()
         else:
             seeds = [case_seed(case, self.seed) for case in batchdata["case"]]
-        if self.augmentation is not None:
-            volume = torch.stack([self._augmented(*pair) for pair in zip(volume, seeds, strict=True)])
         valid = torch.ones(target.shape[:2], dtype=torch.bool)
         if "fov" in batchdata:
             valid = valid_patches(batchdata["fov"].to(volume.device), self.patch_size, self.min_valid_share)
@@ -83,5 +70,24 @@ class PrepareMaskedBatch(PrepareWholeBatch):
         masks["masked"] = random_masking(valid, self.mask_ratio, seeds).to(volume.device, non_blocking=True)
         return volume, target, (), masks
 
-    def _augmented(self, volume: Tensor, seed: int) -> Tensor:
-        return self.augmentation.set_random_state(seed=seed % 2**32)({Keys.IMAGE: volume})[Keys.IMAGE]
+
+class AugmentedBatch(PrepareBatch):
+    """Augment a training batch on the device, by the seed of each draw, before another way to prepare it.
+
+    Args:
+        prepare_batch: that way.
+        augmentation: of the volumes ``(B, C, D, H, W)`` of a batch; None: the processes that load have done it.
+    """
+
+    def __init__(self, prepare_batch: PrepareBatch, augmentation: Augmentation | None) -> None:
+        self.prepare_batch, self.augmentation = prepare_batch, augmentation
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+    ) -> Any:
+        """Return what the other way makes of the augmented batch."""
+        if self.augmentation is not None:
+            volumes = {key: value for key, value in batchdata.items() if isinstance(value, Tensor) and value.ndim == 5}
+            moved = {key: value.to(device, non_blocking=non_blocking) for key, value in volumes.items()}
+            batchdata = batchdata | self.augmentation.on_batch(moved, batchdata["seed"].tolist())
+        return self.prepare_batch(batchdata, device, non_blocking)

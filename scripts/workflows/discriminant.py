@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from ignite.engine import Engine, Events
+from monai.engines import PrepareBatch
 from monai.networks import one_hot
 from monai.networks.utils import eval_mode
-from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -36,7 +36,8 @@ class DiscriminantStart:
     """
 
     network: nn.Module
-    draws: Iterable[dict[str, Tensor]] | None  # batches of `image` and `label`, augmented or not; None: no such start
+    draws: Iterable[dict[str, Tensor]] | None  # batches; None: no such start
+    prepare_batch: PrepareBatch  # makes volumes and label maps of them, as for training
     inferer: AutocastInferer
 
     def attach(self, engine: Engine) -> None:
@@ -54,11 +55,12 @@ class DiscriminantStart:
         moments, joint = (torch.zeros(channels, width, dtype=torch.float64) for width in (channels, places))
         with eval_mode(self.network):
             for batch in self.draws:
-                tokens = self.inferer(batch[Keys.IMAGE].to(engine.state.device), self.network.tokens)
+                volume, label = self.prepare_batch(batch, engine.state.device)[:2]
+                tokens = self.inferer(volume, self.network.tokens)
                 rows = F.pad(rearrange(tokens.float(), "b k d h w -> (b d h w) k"), (0, 1), value=1.0)
-                shares = F.avg_pool3d(one_hot(batch[Keys.LABEL], classes), head.repeats)
+                shares = F.avg_pool3d(one_hot(label, classes), head.repeats)
                 side = dict.fromkeys("pqr", head.side)
-                targets = rearrange(shares, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", **side).to(rows.device)
+                targets = rearrange(shares, "b c (d p) (h q) (w r) -> (b d h w) (c p q r)", **side)
                 moments += (rows.T @ rows).cpu()
                 joint += (rows.T @ targets).cpu()
         count = moments[-1, -1].item()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TINY, noise
 from ignite.engine import Engine
+from monai.engines import PrepareBatchExtraInput
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from scripts import BertsWinEncoder
@@ -37,7 +38,7 @@ def network(patch_size=8, out_channels=3):
 def started(network, batches):
     engine = Engine(lambda *_: None)
     engine.state.device = torch.device("cpu")
-    DiscriminantStart(network, batches, LogitsInferer("fp32", "cpu")).start(engine)
+    DiscriminantStart(network, batches, PrepareBatchExtraInput([]), LogitsInferer("fp32", "cpu")).start(engine)
     return network.eval()
 
 
