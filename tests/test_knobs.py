@@ -160,7 +160,8 @@ def test_choices_are_compared_without_case(name, text, meant):
 @pytest.mark.parametrize(
     ("name", "value", "proposal"),
     [("modality", "pet", ""), ("modality", "T1", ""), ("cache", "ram", ""), ("precision", "float", ""),
-     ("augment_on_device", "maybe", ""), ("cache", "disc", ": did you mean disk?"), ("field_of_view", "scaner", ": did you mean scanner?")],
+     ("augment_on_device", "maybe", ""), ("cache", "disc", ": did you mean disk?"),
+     ("field_of_view", "scaner", ": did you mean scanner?")],
 )  # fmt: skip
 def test_a_choice_is_proposed_if_it_is_like_what_came(name, value, proposal):
     with pytest.raises(Mistake) as caught:
