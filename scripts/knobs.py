@@ -35,7 +35,7 @@ class Range:
 NULL = ("null", "~", "")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-SWITCHES = ("augment_on_device",)  # auto: where it helps
+SWITCHES = ("augment_on_device", "compile")  # auto: where it helps
 # What a knob may be, or the entries of its list; case does not count.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "modality": ("ct", "mr"),

@@ -66,8 +66,8 @@ class PrepareMaskedBatch(PrepareWholeBatch):
         valid = torch.ones(target.shape[:2], dtype=torch.bool)
         if "fov" in batchdata:
             valid = valid_patches(batchdata["fov"].to(volume.device), self.patch_size, self.min_valid_share)
-            masks["valid_for_masking_mask"] = valid
-        masks["masked"] = random_masking(valid, self.mask_ratio, seeds).to(volume.device, non_blocking=True)
+            valid = masks["valid_for_masking_mask"] = valid.cpu()  # how many there are makes the shapes
+        masks["masked"] = random_masking(valid, self.mask_ratio, seeds)
         return volume, target, (), masks
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from collections import deque
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import torch
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
@@ -26,8 +29,38 @@ class NonFiniteLossError(Mistake):
     """The loss became NaN or infinite; the message names the volumes of the batch."""
 
 
+class _Step(NamedTuple):
+    """What there is to know of an optimiser step, to tell whether it was sound."""
+
+    figures: Tensor  # on the CPU, once `ready`: the gradient's norm, and the loss of each iteration
+    ready: torch.cuda.Event | None
+    place: str
+    cases: list[list[str]]  # of each iteration
+
+    def problem(self, scaled: bool) -> str | None:
+        """Tell what is not finite, and on what volumes; of gradients that are ``scaled`` that is no mistake.
+
+        With half precision they may overflow: the scaler skips the step and scales less.
+        """
+        norm, *losses = self.figures.tolist()
+        found = [
+            (f"the loss is {loss}", cases)
+            for loss, cases in zip(losses, self.cases, strict=True)
+            if not math.isfinite(loss)
+        ]
+        if not (math.isfinite(norm) or scaled):
+            found.append((f"the gradient's norm is {norm}", [case for cases in self.cases for case in cases]))
+        if not found:
+            return None
+        what, cases = found[0]
+        return f"{what} in {self.place}, on {', '.join(cases)}: look at these volumes, or lower learning_rate"
+
+
 class MAETrainer(SupervisedTrainer):
     """MONAI's SupervisedTrainer with the masked loss, any device's autocast, clipping and a rate by step.
+
+    A loss or gradient that is not finite ends the run. To look at them, the CPU would have to wait for a GPU at every
+    step. With a fused optimiser, which leaves the weights alone then, it looks two steps later.
 
     Args:
         lr_scheduler: stepped after every optimiser step; default: a constant rate.
@@ -46,6 +79,13 @@ class MAETrainer(SupervisedTrainer):
         # Half precision alone needs its gradients scaled. MONAI's own `scaler` is rebuilt at every run.
         scale = getattr(self.inferer, "dtype", None) == torch.float16
         self.grad_scaler = torch.amp.GradScaler(self.state.device.type, enabled=scale)
+        self.watched: deque[_Step] = deque()
+
+    @cached_property
+    def lag(self) -> int:
+        """How many steps later a step is looked at."""
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)  # also of one that was resumed
+        return 2 if fused and self.state.device.type == "cuda" and not self.grad_scaler.is_enabled() else 0
 
     def _iteration(self, engine: MAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
@@ -56,6 +96,7 @@ class MAETrainer(SupervisedTrainer):
         engine.network.train()
         if place % engine.accumulation_steps == 0:
             engine._start_gradient()
+            engine.step_losses, engine.step_cases = [], []
         state.output = {Keys.IMAGE: volume, Keys.LABEL: target}
         with engine._synchronising(is_last):
             prediction = state.output[Keys.PRED] = engine.inferer(volume, engine.network, *args, **kwargs)
@@ -64,13 +105,16 @@ class MAETrainer(SupervisedTrainer):
             state.output[Keys.LOSS] = loss
             state.output["components"] = {name: component.detach() for name, component in components.items()}
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
-            engine._refuse_if_any(None if torch.isfinite(loss) else f"the loss is {loss.item()}")
+            engine.step_losses.append(loss.detach())
+            engine.step_cases.append(batchdata["case"])
             engine._backward(loss)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if is_last:
             engine.is_stepping = True
             engine._step()
             engine.is_stepping = False
+            # Before anything is validated or saved, all steps are known to be sound.
+            engine._look(0 if place + 1 == state.epoch_length else engine.lag)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
@@ -96,20 +140,34 @@ class MAETrainer(SupervisedTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         limit = math.inf if self.clip_norm is None else self.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # With half precision an overflow is no mistake: the scaler skips the step and scales less.
-        if not torch.isfinite(norm) and not self.grad_scaler.is_enabled():
-            self._refuse_if_any(f"the gradient's norm is {norm.item()}")
+        self._watch(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
-    def _refuse_if_any(self, what: str | None) -> None:
-        """End the run in all ranks if anything is wrong in one of them."""
+    def _watch(self, norm: Tensor) -> None:
+        """Note what tells whether this step is sound, and end the run before it where nothing has to be waited for."""
         state = self.state
-        if what is not None:
-            what += f" in epoch {state.epoch}, iteration {state.iteration}, on {', '.join(state.batch['case'])}: "
-            what += "look at these volumes, or lower learning_rate"
-        if (problem := parallel.first_problem(what)) is not None:
-            raise NonFiniteLossError(problem)
+        figures = torch.stack([norm, *self.step_losses]).float().to("cpu", non_blocking=True)
+        ready = torch.cuda.Event() if norm.is_cuda else None
+        if ready is not None:
+            ready.record()
+        place = f"epoch {state.epoch}, iteration {state.iteration}"
+        self.watched.append(_Step(figures, ready, place, self.step_cases))
+        if self.lag:
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # then the weights stay as they are
+        else:
+            self._look(0)
+
+    def _look(self, lag: int) -> None:
+        """End the run, in all ranks, if a step that lies some steps back was not sound in one of them."""
+        while len(self.watched) > lag:
+            step = self.watched.popleft()
+            if step.ready is not None:
+                step.ready.synchronize()
+            scaled = self.grad_scaler.is_enabled()
+            # Ranks share the gradient, so that all of them see in it that one has a problem, and ask.
+            asked = scaled or idist.get_world_size() == 1 or not step.figures[0].isfinite()
+            if asked and (problem := parallel.first_problem(step.problem(scaled))) is not None:
+                raise NonFiniteLossError(problem)

@@ -62,14 +62,15 @@ class MetricsRecorder:
         output = engine.state.output
         parts = output.get("components", {})
         losses = {"loss": output[Keys.LOSS].detach(), **(parts if len(parts) > 1 else {})}
-        engine.state.epoch_losses.append({name: value.float().cpu() for name, value in losses.items()})
+        engine.state.epoch_losses.append({name: value.float() for name, value in losses.items()})  # where they are
 
     def record(self, engine: Engine) -> None:
         """Write the epoch down."""
         state, record = engine.state, {}
         if losses := state.epoch_losses:
-            sums = torch.stack([torch.stack(list(loss.values())) for loss in losses]).double().mean(dim=0)
-            means = idist.all_reduce(sums, op="SUM") / idist.get_world_size()
+            rows = [torch.stack([*loss.values()]) for loss in losses]  # on the CPU those before an interruption
+            sums = torch.stack([row.to(rows[-1].device) for row in rows]).double().mean(dim=0)
+            means = idist.all_reduce(sums.cpu(), op="SUM") / idist.get_world_size()
             record = {f"train_{name}": mean for name, mean in zip(losses[0], means.tolist(), strict=True)}
             # The components for TensorBoard and MLflow too, which have the loss by iteration.
             state.metrics.update({name: mean for name, mean in record.items() if name != "train_loss"})

@@ -48,9 +48,10 @@ class ConvDecoder(nn.Module):
         )
         self.apply(initialise_weights)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features ``(B, C, D/P, H/P, W/P)`` to a volume ``(B, out_channels, D, H, W)``."""
-        return unpatchify(self.reconstruct_patches(features), self.patch_size, features.shape[2:])
+    def forward(self, features: Tensor, as_patches: bool = False) -> Tensor:
+        """Map features ``(B, C, D/P, H/P, W/P)`` to a volume ``(B, out_channels, D, H, W)``, or to its patches."""
+        patches = self.reconstruct_patches(features)
+        return patches if as_patches else unpatchify(patches, self.patch_size, features.shape[2:])
 
     def reconstruct_patches(self, features: Tensor) -> Tensor:
         """Map features ``(B, C, D/P, H/P, W/P)`` to patches ``(B, N, P³ · out_channels)``."""
@@ -168,7 +169,7 @@ class BertsWinMAE(nn.Module):
             valid_for_masking_mask: ``(B, N)`` bool, False = outside the field of view: shown to the encoder as a
                 mask token and left out of ``mae_mask_1d``, so that it never enters the loss. Default: all valid.
             masked: ``(B, N)`` bool, True = hidden: fixes the mask. Default: drawn at random, ``mask_ratio`` of the
-                valid patches.
+                valid patches. Masks on the CPU spare a GPU the wait for how many patches there are.
 
         Returns:
             ``reconstructed_cube`` ``(B, C, D, H, W)``, ``reconstructed_patches`` ``(B, N, P³·C)``,
@@ -185,8 +186,9 @@ class BertsWinMAE(nn.Module):
         else:
             masked = self._patch_mask("masked", masked, volume)
         tokens = self.embed_visible(volume, valid & ~masked)
+        valid, masked = (mask.to(volume.device, non_blocking=True) for mask in (valid, masked))
         features = self.encoder.encode(tokens)  # the whole grid, mask tokens included
-        patches = self.decoder.reconstruct_patches(features)
+        patches = self.decoder(features, as_patches=True)
         return {
             "reconstructed_cube": unpatchify(patches, self.encoder.patch_size, self.encoder.grid_size),
             "reconstructed_patches": patches,
@@ -200,13 +202,14 @@ class BertsWinMAE(nn.Module):
         From ``(B, C, D, H, W)`` and ``visible`` ``(B, N)`` bool to tokens ``(B, encoder_embed_dim, D/P, H/P, W/P)``.
         """
         p = self.encoder.patch_size
-        patches = rearrange(volume, "b c (d p) (h q) (w r) -> b (d h w) c p q r", p=p, q=p, r=p)
+        patches = rearrange(volume, "b c (d p) (h q) (w r) -> (b d h w) c p q r", p=p, q=p, r=p)
+        places = visible.flatten().nonzero().flatten().to(volume.device, non_blocking=True)
         # Patches go through alone: an overlapping kernel would see hidden voxels.
-        embedded = self.encoder.embed(patches[visible]).flatten(1)
-        tokens = self.mask_token.repeat(*visible.shape, 1)
-        tokens[visible] = embedded.to(tokens.dtype)
+        embedded = self.encoder.embed(patches.index_select(0, places)).flatten(1)
+        tokens = self.mask_token.flatten(1).repeat(visible.numel(), 1)
+        tokens = tokens.index_copy(0, places, embedded.to(tokens.dtype))
         d, h, w = self.encoder.grid_size
-        return rearrange(tokens, "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+        return rearrange(tokens, "(b d h w) c -> b c d h w", d=d, h=h, w=w)
 
     def extract_features(self, volume: Tensor, valid_mask: Tensor | None = None) -> Tensor:
         """Encode with the stem on isolated patches, as in pre-training, nothing hidden (patch mode).
@@ -237,16 +240,16 @@ class BertsWinMAE(nn.Module):
         return (tokens, skips) if return_skips else tokens
 
     def _patch_mask(self, name: str, mask: Tensor | None, volume: Tensor) -> Tensor:
-        """Check a ``(B, N)`` mask; all True where none was given."""
+        """Check a ``(B, N)`` mask, all True where none was given, and bring it to the CPU: it makes shapes."""
         expected = (volume.shape[0], self.encoder.num_patches)
         if mask is None:
-            return torch.ones(expected, dtype=torch.bool, device=volume.device)
+            return torch.ones(expected, dtype=torch.bool)
         if tuple(mask.shape) != expected or mask.dtype != torch.bool:
             raise ValueError(
                 f"{name} has shape {tuple(mask.shape)} and type {mask.dtype} but must be (B, N) = {expected} "
                 f"and torch.bool, one entry a patch"
             )
-        return mask.to(volume.device)
+        return mask.cpu()
 
 
 def bertswin_mae_base_patch16_224(**overrides: Any) -> BertsWinMAE:

@@ -58,7 +58,7 @@ class SegmentationNetwork(nn.Module):
             channels[level] += hidden.shape[1]
         widths = [out_channels, *(feature_size * 2**level for level in range(depth))]
         self.levels = nn.ModuleList(  # coarsest first
-            _Level(channels[level], widths[level] if level < depth else 0, widths[level], widths[level - 1])
+            Level(channels[level], widths[level] if level < depth else 0, widths[level], widths[level - 1])
             for level in range(depth, 0, -1)
         )
         self.token_head = TokenHead(channels[depth], out_channels, encoder.patch_size)
@@ -124,7 +124,7 @@ class TokenHead(nn.Module):
         return logits if self.repeats == 1 else nn.functional.interpolate(logits, scale_factor=self.repeats)
 
 
-class _Level(nn.Module):
+class Level(nn.Module):
     """Join the skips of a level to what comes from below, refine, and double the resolution."""
 
     def __init__(self, skip_channels: int, below: int, width: int, out_channels: int) -> None:

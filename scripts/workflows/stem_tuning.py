@@ -103,7 +103,7 @@ class StemTuning(nn.Module):
             patch_features = self.original.extract_features(volume)
         out = {"features": features, "patch_features": patch_features}
         if self.objective != "distillation" or not self.training:
-            patches = self.network.decoder.reconstruct_patches(features)
+            patches = self.network.decoder(features, as_patches=True)
             out["reconstructed_cube"] = unpatchify(patches, self.network.encoder.patch_size, features.shape[2:])
             out |= {"reconstructed_patches": patches, "mae_mask_1d": volume.new_ones(patches.shape[:2])}
         if not self.training:

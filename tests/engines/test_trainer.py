@@ -211,3 +211,49 @@ def test_the_trainer_reports_what_the_loss_is_made_of():
     parts = engine.state.output["components"]
     assert list(parts) == ["l2", "structural_brightness", "structural_contrast", "structural_structure"]
     assert not any(part.requires_grad for part in parts.values())
+
+
+class SpoiltBatch(PrepareMaskedBatch):
+    """Batches of which one has a voxel that is no number."""
+
+    def __init__(self, number):
+        super().__init__(8, 0.75)
+        self.number, self.calls = number, 0
+
+    def __call__(self, batchdata, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.number:
+            batchdata = batchdata | {"image": batchdata["image"] * torch.nan}
+        return super().__call__(batchdata, *args, **kwargs)
+
+
+def test_a_loss_that_is_looked_at_later_has_left_the_weights_alone_and_is_named_all_the_same():
+    def fused(network):
+        return torch.optim.AdamW(network.parameters(), 0.01, fused=True)
+
+    network, sound = tiny(), tiny()
+    sound.load_state_dict(network.state_dict())
+    engine = trainer(network, length=12, optimizer_factory=fused, prepare_batch=SpoiltBatch(3))
+    assert engine.lag == 0  # nothing has to be waited for on a CPU
+    engine.lag = 2
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan in epoch 1, iteration 3, on case_4, case_5: look"):
+        engine.run()
+    assert engine.state.iteration == 5
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+    # The last steps of an epoch are looked at before it is validated or saved.
+    engine = trainer(sound, length=6, optimizer_factory=fused, prepare_batch=SpoiltBatch(3))
+    engine.lag = 2
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda _: pytest.fail("this epoch is not whole"))
+    with pytest.raises(NonFiniteLossError, match="iteration 3, on case_4, case_5"):
+        engine.run()
+
+
+def test_a_fused_optimiser_that_is_looked_at_later_trains_the_same_network():
+    def weights(lag):
+        network = tiny()
+        engine = trainer(network, length=8, optimizer_factory=lambda it: torch.optim.AdamW(it.parameters(), fused=True))
+        engine.lag = lag
+        engine.run()
+        return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+    assert torch.equal(weights(0), weights(2))
