@@ -50,6 +50,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mode": ("volumetric", "patch"),
     "task": ("auto", "classification", "regression"),
     "pooling": ("mean", "attention"),
+    "features": ("nii.gz", "nii", "npz", "none"),
+    "save_dtype": ("float32", "float16"),
     **dict.fromkeys(SWITCHES, ("auto", True, False)),
 }
 SYNONYMS = {"modality": {"mri": "mr"}, **dict.fromkeys(SWITCHES, TRUTH)}

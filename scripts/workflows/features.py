@@ -120,29 +120,41 @@ class ExtractFeatures:
         is_foreground = (padded[:1] > self.foreground).float()
         weights = F.avg_pool3d(is_foreground, self.patch_size)[(slice(None), *placement.tokens)]
         weights = weights if weights.any() else torch.ones_like(weights)
-        embedding = (maps["features"].as_tensor() * weights).sum(dim=(1, 2, 3)) / weights.sum()
+        # A product of matrices, which needs no second copy of the map.
+        embedding = maps["features"].as_tensor().flatten(1) @ weights.flatten() / weights.sum()
         return {"image": image, "placement": placement, "maps": maps, "embedding": embedding}
 
 
 class FeatureWriter(VolumeWriter):
     """Write what :class:`ExtractFeatures` returns.
 
-    For each case, in a folder of its name: ``features.nii.gz`` ``(d, h, w, C)``, ``skip_1.nii.gz`` and so on where
+    For each case, in a folder of its name: ``features`` ``(d, h, w, C)`` and their affine, ``skip_1`` and so on where
     there are skips, and ``figure.png``. For all, ``embeddings.csv`` and ``report.html``.
 
     Args:
         output_dir: of :class:`VolumeWriter`.
         figures: draw one for each case.
         settings: of the run, for the report.
+        features: ``nii.gz``, ``nii`` or ``npz`` (an archive of ``features`` and ``affine``, not compressed); ``none``:
+            the embeddings alone.
+        save_dtype: ``float32``, or of an npz ``float16``, which NIfTI does not have.
     """
 
     answers = "features"
     failure = "have no features"
 
     def __init__(
-        self, output_dir: str | Path, figures: bool = True, settings: Mapping[str, Setting] | None = None
+        self,
+        output_dir: str | Path,
+        figures: bool = True,
+        settings: Mapping[str, Setting] | None = None,
+        features: str = "nii.gz",
+        save_dtype: str = "float32",
     ) -> None:
+        if save_dtype == "float16" and features not in ("npz", "none"):
+            raise Mistake(f"save_dtype float16 needs --features npz: {features} has no half precision")
         super().__init__(output_dir)
+        self.format, self.dtype = features, np.dtype(save_dtype)
         self.figures, self.table = figures, self.folder / "embeddings.csv"
         self.page = FeatureReport(self.folder / PAGE, settings or {})
 
@@ -156,9 +168,10 @@ class FeatureWriter(VolumeWriter):
     def write(self, output: dict[str, Any]) -> None:
         """Write one case."""
         case, embedding = output["case"], output["embedding"].tolist()
-        for name, values in output["maps"].items():
-            voxels = values.permute(1, 2, 3, 0).numpy()
-            save_nifti(self.folder / case / f"{name}.nii.gz", voxels, values.affine.numpy())
+        if self.figures or self.format != "none":
+            (self.folder / case).mkdir(parents=True, exist_ok=True)
+        for name, values in output["maps"].items() if self.format != "none" else ():
+            self._save(self.folder / case / f"{name}.{self.format}", values)
         if self.figures:
             _draw(output, self.folder / case / "figure.png")
         with self.table.open("a", newline="") as file:
@@ -176,10 +189,20 @@ class FeatureWriter(VolumeWriter):
         super().report(engine)
 
     def discard(self, case: str) -> None:
-        """Remove what is written for a case."""
-        for pattern in ("features.nii.gz", "skip_*.nii.gz", "figure.png"):
+        """Remove what is written for a case, in any format."""
+        for pattern in ("features.n*", "skip_*.n*", "figure.png"):
             for path in (self.folder / case).glob(pattern):
                 path.unlink()
+
+    def _save(self, path: Path, values: MetaTensor) -> None:
+        voxels, affine = values.as_tensor().permute(1, 2, 3, 0).numpy(), values.affine.numpy()
+        if self.format != "npz":
+            save_nifti(path, voxels, affine)
+            return
+        beside = path.with_name(f".{path.name}")
+        with beside.open("wb") as file:
+            np.savez(file, features=voxels.astype(self.dtype, order="C"), affine=affine)
+        beside.replace(path)
 
 
 def principal_colours(features: Tensor) -> np.ndarray:

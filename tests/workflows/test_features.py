@@ -400,3 +400,42 @@ def test_skips_are_placed_where_their_kernels_are_centred(strict_stem):
         placement = Placement((0, 0, 0), (32, 32, 32), 8)
         affine = feature_affine(np.eye(4), placement, 2**level, None if strict_stem else 0.0)
         assert (affine @ [2, 0, 0, 1])[0] == pytest.approx(centre.item())
+
+
+def test_features_are_the_same_in_every_format_and_those_of_another_are_removed(tmp_path):
+    write_volume(tmp_path / "data" / "a.nii.gz")
+    network, folder = tiny().encoder, tmp_path / "out" / "a"
+    for form, kept in (
+        ("nii.gz", ["features.nii.gz"]),
+        ("nii", ["features.nii"]),
+        ("npz", ["features.npz"]),
+        ("none", []),
+    ):
+        run_here(tmp_path, network, dataset_dir=str(tmp_path / "data"), features=form, figures=False)
+        assert [path.name for path in folder.iterdir()] == kept
+        if form == "nii.gz":
+            expected, affine = nib.load(folder / "features.nii.gz").get_fdata(), nib.load(folder / kept[0]).affine
+            table = (tmp_path / "out" / "embeddings.csv").read_text()
+        elif form == "nii":
+            assert np.array_equal(nib.load(folder / "features.nii").get_fdata(), expected)
+        elif form == "npz":
+            with np.load(folder / "features.npz") as archive:
+                assert np.array_equal(archive["features"], expected)
+                assert np.array_equal(archive["affine"], affine)
+        assert (tmp_path / "out" / "embeddings.csv").read_text() == table
+
+
+def test_half_precision_is_half_as_large_and_needs_a_format_that_has_it(tmp_path):
+    write_volume(tmp_path / "data" / "a.nii.gz")
+    knobs = {"dataset_dir": str(tmp_path / "data"), "features": "npz", "figures": False}
+    found = []
+    for dtype in ("float32", "float16"):
+        torch.manual_seed(0)
+        run_here(tmp_path, tiny().encoder, save_dtype=dtype, **knobs)
+        with np.load(tmp_path / "out" / "a" / "features.npz") as archive:
+            found.append(archive["features"])
+    assert [values.dtype.name for values in found] == ["float32", "float16"]
+    assert np.abs(found[0] - found[1]).max() <= 2**-11 * np.abs(found[0]).max()
+    with pytest.raises(RuntimeError) as caught:
+        run_here(tmp_path, tiny().encoder, **knobs | {"features": "nii"}, save_dtype="float16")
+    assert "save_dtype float16 needs --features npz: nii has no half precision" in str(caught.value.__cause__)
