@@ -1,16 +1,19 @@
 """What this machine, or the part of it that a job or a container gives, has to offer."""
 
+import multiprocessing
 import os
 import re
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["RSS_UNIT", "cores", "free_memory", "peak_memory"]
+__all__ = ["RSS_UNIT", "CoreSeconds", "core_seconds", "cores", "free_memory", "peak_memory"]
 
 CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
+PROC = Path("/proc")
+OWN_CGROUP = PROC / "self" / "cgroup"
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what `resource` says of memory
 
 
@@ -40,25 +43,68 @@ def peak_memory(pid: int | None = None) -> int:
 
 
 def cores() -> int:
-    """Tell how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Tell how many cores this process may use: those of its affinity, or as many whole ones as a group's quota is."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([there, *map(int, _quotas())]))
+
+
+class CoreSeconds(NamedTuple):
+    """How long cores have been busy so far, added up."""
+
+    all: float  # those that this process may use, whoever used them
+    own: float  # used by this process and those that it has started
+
+
+def core_seconds() -> CoreSeconds | None:
+    """Tell how busy the cores have been; None where the system does not say, as outside of Linux."""
+    ticks = os.sysconf("SC_CLK_TCK") if "SC_CLK_TCK" in os.sysconf_names else 100
+    try:
+        lines = [line.split() for line in (PROC / "stat").read_text().splitlines() if line.startswith("cpu")]
+        allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
+        return None
+    # User, nice, system, then idle and waiting, then interrupts and what a host took away.
+    busy = sum(int(part) for name, *parts in lines if name in allowed for part in (*parts[:3], *parts[5:8]))
+    children = sum(_used(PROC / str(child.pid) / "stat") for child in multiprocessing.active_children())
+    return CoreSeconds(busy / ticks, sum(os.times()[:4]) + children / ticks)
+
+
+def _used(stat: Path) -> int:
+    """Tell the ticks that a process has used: 0 of one that has ended."""
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
+
+
+def _quotas() -> Iterator[float]:
+    """Tell what each quota amounts to, in cores: of this process's group and those above it."""
+    for group in _groups("cpu"):
+        for most, period in (("cpu.max", None), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            if (group / most).exists():
+                limit = (group / most).read_text().split()
+                limit += (group / period).read_text().split() if period else []
+                if limit[0].isdigit():  # neither "max" nor -1
+                    yield int(limit[0]) / int(limit[1])
 
 
 def _free_in_cgroups() -> Iterator[int]:
     """Tell what each limit leaves: of this process's group and those above it, of either version of cgroups."""
-    own = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
-    for _, controllers, place in (line.split(":", 2) for line in own):
-        if controllers not in ("", "memory"):
-            continue
-        root = CGROUPS / controllers
-        of_version = {
-            "": ("memory.max", "memory.current"),
-            "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        }
-        folder = root / place.lstrip("/")
-        for group in (group for group in (folder, *folder.parents) if group.is_relative_to(root)):
-            most, used = (group / name for name in of_version[controllers])
+    names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for group in _groups("memory"):
+        for most, used in ((group / most, group / used) for most, used in names):
             if most.exists() and used.exists() and (limit := most.read_text().strip()).isdigit():
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 cached = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
                 yield int(limit) - int(used.read_text()) + int(cached)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """List the folders of this process's group and those above it, in either version of cgroups."""
+    own = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
+    for _, controllers, place in (line.split(":", 2) for line in own):
+        if controllers == "" or controller in controllers.split(","):
+            root = CGROUPS / controllers
+            folder = root / place.lstrip("/")
+            yield from (group for group in (folder, *folder.parents) if group.is_relative_to(root))

@@ -5,4 +5,5 @@ from .figures import *
 from .recording import *
 from .report import *
 from .resuming import *
+from .threads import *
 from .validation import *
