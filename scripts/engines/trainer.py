@@ -25,6 +25,9 @@ from ..mistakes import Mistake
 __all__ = ["MAETrainer", "NonFiniteLossError"]
 
 
+CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
+
+
 class NonFiniteLossError(Mistake):
     """The loss became NaN or infinite; the message names the volumes of the batch."""
 
@@ -89,6 +92,19 @@ class MAETrainer(SupervisedTrainer):
 
     def _iteration(self, engine: MAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
+        try:
+            return self._iterate(engine, batchdata)
+        except (torch.OutOfMemoryError, RuntimeError) as error:  # of a CPU it is any error
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+                raise
+            batch, *size = batchdata[Keys.IMAGE].shape
+            raise Mistake(
+                f"out of memory on {self.state.device} in epoch {self.state.epoch}, iteration {self.state.iteration}, "
+                f"with a batch of {batch} volumes of {tuple(size)}: lower batch_size and raise accumulation_steps by "
+                "the same factor, which trains alike, or set --activation_checkpointing true"
+            ) from error
+
+    def _iterate(self, engine: MAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         state = engine.state
         volume, target, args, kwargs = engine.prepare_batch(batchdata, state.device, engine.non_blocking)
         place = (state.iteration - 1) % state.epoch_length

@@ -7,6 +7,7 @@ from ignite.engine import Events
 
 from scripts.engines import ConductorTrainer, GradientConductor, NonFiniteLossError, PrepareMaskedBatch, autocast_dtype
 from scripts.losses import MaskedL2Loss, StructuralLoss, choose_loss
+from scripts.mistakes import Mistake
 from scripts.networks import patchify, random_masking
 
 
@@ -257,3 +258,25 @@ def test_a_fused_optimiser_that_is_looked_at_later_trains_the_same_network():
         return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
     assert torch.equal(weights(0), weights(2))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+def test_too_little_memory_ends_the_run_with_what_would_do(error):
+    network = tiny()
+
+    def full(*_):
+        raise error
+
+    network.decoder.register_forward_hook(full)
+    expected = r"out of memory on cpu in epoch 1, iteration 1, with a batch of 2 volumes of \(1, 32, 32, 32\): lower"
+    with pytest.raises(Mistake, match=expected):
+        trainer(network).run()
+
+
+def test_another_error_is_no_matter_of_memory():
+    network = tiny()
+    network.decoder.register_forward_pre_hook(lambda *_: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size") as caught:
+        trainer(network).run()
+    assert not isinstance(caught.value, Mistake)

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, noise, tiny
 
 from scripts.experiments.benchmark.cohort import cohort
+from scripts.experiments.benchmark.draws import draws
 from scripts.experiments.benchmark.networks import STEP, TITLES, Contestant, networks, plain_form
 from scripts.experiments.benchmark.training import data
 
@@ -30,6 +31,19 @@ def test_a_training_step_gives_every_parameter_a_gradient():
         without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
         unused = ("norm_cross_attn", "position_embeddings", "decoder_pos_embedding") if form == "vit_mae" else ()
         assert not [name for name in without if not any(part in name for part in unused)]
+
+
+def test_a_draw_is_measured_by_stage_and_the_waiting_follows_from_it(tmp_path):
+    draws(img_sizes=32, step_seconds=1e-4, cores=[1, 1000], repeats=1, output_dir=str(tmp_path))
+    by_workers, on_device = json.loads((tmp_path / "draws.json").read_text())["rows"]
+    assert list(by_workers["seconds"]) == [
+        *("crop, copied into a batch", "RandTurnd", "CopyItemsd", "RandHUWarpd", "RandCTNoised", "Lambdad"),
+    ]
+    assert by_workers["worker_seconds"] == pytest.approx(sum(by_workers["seconds"].values()))
+    assert on_device["worker_seconds"] == on_device["seconds"]["crop, copied into a batch"]
+    rows = [line.split(" | ") for line in (tmp_path / "draws.md").read_text().splitlines() if "32³, by" in line][-2:]
+    assert rows[0][3] != "0% |"  # one core cannot feed it
+    assert rows[1][3] == "0% |"
 
 
 @pytest.mark.thorough

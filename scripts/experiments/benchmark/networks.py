@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ...engines import AutocastInferer, autocast_dtype
+from ...engines import AutocastInferer, autocast_dtype, can_compile, compile_parts
 from ...losses import MaskedL2Loss
 from ...mistakes import Mistake
 from ...networks import BertsWinMAE, ConvDecoder, patchify
@@ -51,10 +51,12 @@ class Contestant:
     form: str  # bertswin, plain (see plain_form) or vit_mae
     precision: str  # bf16, fp16 or fp32
     checkpointing: bool = False  # with activation checkpointing
+    compiled: bool = False
 
     def __str__(self) -> str:
         """Name it in the table."""
-        return f"{TITLES[self.form]}, {self.precision}{', checkpointing' if self.checkpointing else ''}"
+        ways = {"checkpointing": self.checkpointing, "compiled": self.compiled}
+        return ", ".join([TITLES[self.form], self.precision, *(name for name, is_so in ways.items() if is_so)])
 
     def prepare(self, network: str, volume: Tensor) -> tuple[nn.Module, dict[str, Callable[[], Any]]]:
         """Build a network of ``NETWORKS``, and give it with the tasks it can do on a batch ``(B, 1, D, H, W)``."""
@@ -66,6 +68,7 @@ class Contestant:
             sizes = (patch_size, 1, width, [depth], [heads], window, decoder_width)
             model = BertsWinMAE(tuple(img_size), *sizes, activation_checkpointing=self.checkpointing)
         model = (plain_form(model) if self.form == "plain" else model).to(volume.device)
+        compile_parts(model, self.compiled, volume.device)
         infer = AutocastInferer(self.precision, volume.device)
         target = patchify(volume, patch_size)
 
@@ -142,6 +145,8 @@ def networks(
     precisions = ["fp32"] if low == "fp32" else ["fp32", low]
     contestants = [Contestant(form, p) for form, p in product(TITLES, precisions)]
     contestants.insert(len(precisions), Contestant("bertswin", low, checkpointing=True))
+    if torch.device(device).type == "cuda" and can_compile(device):
+        contestants[:0] = [Contestant("bertswin", low, compiled=True)]
     folder, rows = Path(output_dir), []
     for side, batch_size in product(ensure_tuple(img_sizes), ensure_tuple(batch_sizes)):
         rows += _measure(network, (batch_size, 1, side, side, side), torch.device(device), contestants, repeats)
