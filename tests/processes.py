@@ -7,6 +7,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -18,18 +21,45 @@ FORKS.set_forkserver_preload([
 ])  # fmt: skip
 
 
-def run_module(module: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+def run_module(
+    module: str, arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Do what ``python -m MODULE ARGUMENTS`` does in a folder, and return what ``subprocess.run`` would."""
+    return run_ranks(module, arguments, cwd, [env or {}])
+
+
+def run_ranks(
+    module: str, arguments: list[str], cwd: Path, environments: Sequence[Mapping[str, str]]
+) -> subprocess.CompletedProcess:
+    """Do so in several processes at once, each with variables of its own; when one fails, the others are ended.
+
+    Returns:
+        The exit status of the first one that failed, or 0; what all have printed, one behind the other.
+    """
     command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryDirectory() as place:
-        outputs = [Path(place) / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=_run, args=(module, arguments, str(cwd), dict(os.environ), outputs))
-        process.start()
-        process.join(2400)
-        if process.is_alive():
-            process.kill()
+        outputs = [[Path(place) / f"{name}_{n}" for name in ("stdout", "stderr")] for n in range(len(environments))]
+        processes = [
+            FORKS.Process(target=_run, args=(module, arguments, str(cwd), {**os.environ, **own}, files))
+            for own, files in zip(environments, outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline, failed = time.monotonic() + 2400, None
+        while failed is None and any(process.is_alive() for process in processes):
+            wait([process.sentinel for process in processes if process.is_alive()], timeout=1)
+            failed = next((process for process in processes if process.exitcode), None)
+            if time.monotonic() > deadline:
+                failed = processes[0]
+        time.sleep(0.5 if failed and len(processes) > 1 else 0)  # the others may say why themselves
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(command, 2400)
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+        texts = ("".join(files[stream].read_text() for files in outputs if files[stream].exists()) for stream in (0, 1))
+        return subprocess.CompletedProcess(command, failed.exitcode if failed else 0, *texts)
 
 
 def _run(module: str, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[Path]) -> None:

@@ -11,7 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_KNOBS, tiny, write_volume
+from conftest import ROOT, TINY, TINY_KNOBS, tiny, write_volume
+from processes import run_module
 from sklearn.metrics import roc_auc_score
 
 from scripts.data import find_cases, labelled, read_targets
@@ -26,6 +27,20 @@ from scripts.experiments.proof.gains import Gain, auroc_gain, labels_worth, mean
 from scripts.experiments.proof.pretraining import Pretraining
 from scripts.experiments.proof.report import report_comparison, report_convergence, report_probes
 from scripts.experiments.proof.runs import Run, execute
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Runs start as forks of a process that has imported the libraries."""
+
+    def start(self, knobs):
+        overrides = [part for name, value in {**knobs, "output_dir": self.folder}.items()
+                     for part in (f"--{name}", "null" if value is None else str(value))]  # fmt: skip
+        workflow = proof_runs.RUN_IDS.get(self.workflow, self.workflow)
+        arguments = ["run", workflow, "--config_file", str(self.config_files()), *overrides]
+        return run_module("monai.bundle", arguments, ROOT)
+
+    monkeypatch.setattr(Run, "_start", start)
 
 
 @pytest.fixture
@@ -559,7 +574,7 @@ def labelled_cohort(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_cohort_tells_what_pre_training_gains_to_segment_it_and_again_without_a_run(
-    labelled_cohort, weights, tmp_path, monkeypatch
+    labelled_cohort, weights, tmp_path, monkeypatch, forked
 ):
     knobs = {"iterations_per_epoch": 1, "feature_size": 4}
     settings = {"num_labelled": [1, 4], "seeds": 0, "finetuning_epochs": 1, "rates": 0.01, "knobs": knobs, "jobs": 1}
@@ -575,11 +590,12 @@ def test_a_cohort_tells_what_pre_training_gains_to_segment_it_and_again_without_
     ended = tmp_path / "out" / "segmentation" / "random_4_0"
     assert not (ended / "bundle").exists()
     assert not (ended / "report.html").exists()
-    monkeypatch.setattr(proof_runs.subprocess, "run", None)
+    monkeypatch.setattr(Run, "_start", None)
     Proof(str(labelled_cohort), **settings).segmentation(contestants=["pretrained", "random"])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("target", "measure"), [("class", "val_auroc"), ("age", "val_mae")])
 def test_a_cohort_tells_what_pre_training_gains_to_classify_it(labelled_cohort, weights, tmp_path, target, measure):
     settings = {"num_labelled": "all", "seeds": 0, "finetuning_epochs": 1, "rates": 0.001, "jobs": 1}
