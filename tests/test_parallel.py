@@ -91,7 +91,7 @@ def test_two_ranks_train_like_one_process_with_their_batches_together(
     for first, second in zip(one, two, strict=True):
         for name in ("train_loss", "val_mse", "val_ssim", "val_unexplained"):
             assert first[name] == pytest.approx(second[name], rel=1e-4), name
-    assert one[-1]["val_loss"] != pytest.approx(one[0]["val_loss"], rel=1e-2)  # it has learned something
+    assert one[-1]["val_loss"] < 0.995 * one[0]["val_loss"]  # it learns, fifty times what the two may differ by
 
 
 def test_a_divided_network_trains_like_a_whole_one_and_each_continues_the_others_runs(volumes, tmp_path):
