@@ -28,7 +28,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 REFERENCES = sorted({*FIXTURES.glob("reference_*.pt"), *ROOT.parent.glob("shared/fixtures/reference_patch16*.pt")})
 sys.path.insert(0, str(ROOT))
 
-from processes import run_module  # noqa: E402
+from processes import Started, run_module  # noqa: E402
 
 from scripts import BertsWinMAE  # noqa: E402
 from scripts.engines import AutocastInferer, MAETrainer, PrepareMaskedBatch  # noqa: E402
@@ -203,16 +203,6 @@ def bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedPr
     return run_module("monai.bundle", [*arguments, *_overrides(knobs)], cwd)
 
 
-def start_bundle(*arguments: str, cwd: Path = ROOT, **knobs) -> subprocess.Popen:
-    return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "monai.bundle", *arguments, *_overrides(knobs)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def _overrides(knobs: dict) -> list[str]:
     return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
 
@@ -232,8 +222,8 @@ def train(*configs: str, cwd: Path = ROOT, **knobs) -> subprocess.CompletedProce
     return bundle(*_training(configs), cwd=cwd, **(TINY_KNOBS | knobs))
 
 
-def start_training(*configs: str, **knobs) -> subprocess.Popen:
-    return start_bundle(*_training(configs), **(TINY_KNOBS | knobs))
+def start_training(*configs: str, **knobs) -> Started:
+    return Started("monai.bundle", [*_training(configs), *_overrides(TINY_KNOBS | knobs)], ROOT)
 
 
 def _training(configs: tuple[str, ...]) -> list[str]:

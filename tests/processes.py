@@ -62,6 +62,38 @@ def run_ranks(
         return subprocess.CompletedProcess(command, failed.exitcode if failed else 0, *texts)
 
 
+class Started:
+    """A module that runs in the background, with what tests need of :class:`subprocess.Popen`."""
+
+    def __init__(self, module: str, arguments: list[str], cwd: Path) -> None:
+        self._place = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._place.name) / name for name in ("stdout", "stderr")]
+        self._process = FORKS.Process(target=_run, args=(module, arguments, str(cwd), dict(os.environ), self._outputs))
+        self._process.start()
+        self.pid, self.kill, self.poll = self._process.pid, self._process.kill, lambda: self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, minus the signal where one ended it."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it to the process."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for its end."""
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired("a run", timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end, and return what it has printed."""
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self._outputs)
+
+
 def _run(module: str, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[Path]) -> None:
     for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())

@@ -2,15 +2,14 @@
 
 import collections
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS, started, write_volume
+from conftest import TINY_KNOBS, started, write_volume
 from monai.transforms import Compose, Lambdad, RandGaussianNoised, ScaleIntensityd
+from processes import FORKS
 
 from scripts.data import DrawnDataset, DrawSampler, build_dataset
 from scripts.data.caches import _hash_file
@@ -184,10 +183,12 @@ def test_a_damaged_file_of_the_disk_cache_is_prepared_again(tmp_path, caplog):
 
 
 def test_parallel_writers_of_the_disk_cache_do_not_disturb_each_other(tmp_path):
-    code = "import sys; sys.path[:0] = ['.', 'tests', 'tests/data']; import test_draws_and_caches as tests; "
-    code += "tests.fill(sys.argv[1])"
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(3)]  # noqa: S603
-    assert [writer.wait(timeout=480) for writer in writers] == [0, 0, 0]
+    writers = [FORKS.Process(target=fill, args=(tmp_path,)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(480)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert len(list((tmp_path / "cache").iterdir())) == 8  # whole files, and nothing beside them
     fill(tmp_path)
 
