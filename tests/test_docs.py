@@ -198,9 +198,8 @@ def test_the_installed_package_holds_every_room_twice_and_no_experiment(installe
 @pytest.mark.slow
 def test_the_installed_package_holds_a_bundle_that_runs(installed, cohort, tmp_path):
     code = "import torch, bertswin_mae as b; b.from_pretrained(device='cpu')(torch.ones(1, 1, 64, 64, 64)); "
-    code += (
-        "import sys; sys.path[0:0] = [b.bundle_root()]; import scripts; print(b.bundle_root(), scripts.bundle_root())"
-    )
+    code += "import sys; sys.path.insert(0, str(b.bundle_root())); import scripts; "
+    code += "print(b.bundle_root(), scripts.bundle_root())"
     root = installed / "bertswin_mae" / "bundle"
     assert in_package(installed, code, tmp_path).split() == [str(root)] * 2
     assert {path.name for path in (root / "configs").rglob("*")} == {

@@ -22,7 +22,7 @@ from scripts.experiments.proof import runs as proof_runs
 from scripts.experiments.proof.cohort import carried, count_labels, hold_out
 from scripts.experiments.proof.contestants import PRETRAINING_RATES, PRETRAININGS, SEGMENTATION
 from scripts.experiments.proof.experiments import Proof
-from scripts.experiments.proof.finetuning import Comparison, best_rate, guess
+from scripts.experiments.proof.finetuning import Comparison, best_rate, guess, rate_beyond
 from scripts.experiments.proof.gains import Gain, auroc_gain, labels_worth, mean_gain
 from scripts.experiments.proof.pretraining import Pretraining
 from scripts.experiments.proof.report import report_comparison, report_convergence, report_probes
@@ -466,6 +466,18 @@ def test_each_contestant_learns_at_the_rate_that_does_best_on_held_out_training_
     found = {("random", 0.003): 0.5, ("random", 0.01): 0.8, ("random", 0.03): 0.8, ("unet", 0.003): 0.9}
     assert best_rate(found, "random", 1) == 0.03
     assert best_rate(found, "random", -1) == 0.003
+
+
+@pytest.mark.parametrize(
+    ("scores", "sign", "beyond"),
+    [({0.002: 0.6, 0.006: 0.5, 0.02: 0.3}, 1, 0.0007), ({0.002: 0.6, 0.006: 0.5, 0.02: 0.3}, -1, 0.07),
+     ({0.002: 0.6, 0.006: 0.7, 0.02: 0.3}, 1, None), ({0.002: 0.6, 0.006: 0.6, 0.02: 0.6}, 1, None),
+     ({0.01: 1.0}, 1, None),
+     ({0.0007: 0.61, 0.002: 0.6, 0.006: 0.5}, 1, 0.0002)],
+)  # fmt: skip
+def test_who_does_best_at_the_end_of_the_rates_tries_one_beyond(scores, sign, beyond):
+    found = {("unet", rate): score for rate, score in scores.items()} | {("random", 1.0): 5.0}
+    assert rate_beyond(found, "unet", sign) == (beyond and pytest.approx(beyond))
 
 
 def test_an_epoch_is_timed_once_the_networks_taking_turns(training, monkeypatch):

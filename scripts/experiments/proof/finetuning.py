@@ -18,7 +18,9 @@ from .contestants import ACCURACY, COMPARISONS, DICE, ERROR, Measure, Task
 from .gains import Gain, auroc_gain, mean_gain
 from .runs import Run, last_metrics
 
-__all__ = ["Comparison", "Rate", "best_rate", "guess"]
+__all__ = ["Comparison", "Rate", "best_rate", "guess", "rate_beyond"]
+
+MOST_BEYOND = 2  # rates beyond the ends of the given ones
 
 Rate = tuple[str, float]  # of a contestant
 Runs = dict[tuple[str, int | None, int], Run]  # by contestant, number of labels (None: all) and seed
@@ -60,16 +62,21 @@ class Comparison:
     def selection(self) -> dict[Rate, float]:
         """Learn at every rate, and score on a fifth of the training cases, which it does not learn from.
 
-        With one seed, and with the middle one of the numbers of labels.
+        With one seed, and with the middle one of the numbers of labels. Who does best at the lowest or the highest rate
+        tries others beyond it.
         """
         groups = self.targets.values if self.targets and self.targets.classes else None
         inner = hold_out(self.folds["training"], self.place.parent / f"{self.place.name}_selection.json", groups)
         most = min(list(self.counts.values())[len(self.counts) // 2], len(find_cases(inner)["training"]))
-        settings, runs = {"dataset_dir": inner, "num_train_cases": most, "seed": 0}, {}
-        for name, rate in product(self.names, self.rates):
-            folder = self.place.parent / f"{self.place.name}_selection" / f"{name}_{rate:g}"
-            runs[name, rate] = self.run(name, rate, folder, settings)
-        return {key: last[self.measure.key] for key, last in last_metrics(runs, self.jobs).items()}
+        settings, found = {"dataset_dir": inner, "num_train_cases": most, "seed": 0}, {}
+        wanted = list(product(self.names, self.rates))
+        for _ in range(1 + MOST_BEYOND):
+            place = self.place.parent / f"{self.place.name}_selection"
+            runs = {(name, rate): self.run(name, rate, place / f"{name}_{rate:g}", settings) for name, rate in wanted}
+            found |= {key: last[self.measure.key] for key, last in last_metrics(runs, self.jobs).items()}
+            beyond = {name: rate_beyond(found, name, self.measure.sign) for name in self.names}
+            wanted = [(name, rate) for name, rate in beyond.items() if rate]
+        return found
 
     def runs(self, found: Mapping[Rate, float]) -> Runs:
         """Name the runs that are scored on the validation cases, each contestant's at its best rate."""
@@ -138,6 +145,16 @@ class Comparison:
 def best_rate(found: Mapping[Rate, float], name: str, sign: int) -> float:
     """Choose a contestant's rate: the best, of equal ones the larger."""
     return max((rate for own, rate in found if own == name), key=lambda rate: (sign * found[name, rate], rate))
+
+
+def rate_beyond(found: Mapping[Rate, float], name: str, sign: int) -> float | None:
+    """Tell the next rate, where a contestant does best at the end of those that it has tried, better than beside it."""
+    rates = sorted(rate for own, rate in found if own == name)
+    best = best_rate(found, name, sign)
+    for end, beside in ((0, 1), (-1, -2)) if len(rates) > 1 else ():
+        if best == rates[end] and found[name, best] != found[name, rates[beside]]:
+            return float(f"{best * best / rates[beside]:.1g}")  # as far away as the one beside it
+    return None
 
 
 def guess(targets: Targets) -> dict[str, float]:
