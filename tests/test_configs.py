@@ -347,6 +347,19 @@ def test_the_device_makes_the_same_batches_as_the_workers(tmp_path, field_of_vie
         assert all(torch.equal(ours[3][name], theirs[3][name]) for name in ours[3])
 
 
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_compact_cache_gives_the_same_batches(tmp_path, on_device):
+    settings = padded_cts(tmp_path) | {"num_workers": 0, "augment_on_device": on_device}
+
+    def batch(compact):
+        resolve = built(**settings, compact=compact)
+        cached = resolve("train::dataset")._cache[0]["image"]
+        assert cached.dtype == (torch.int16 if compact else torch.float32)
+        return resolve("train::trainer").prepare_batch(next(iter(resolve("train::dataloader"))), "cpu")[0]
+
+    assert torch.equal(batch(True), batch(False))
+
+
 @pytest.mark.parametrize(
     ("device", "knob", "expected"), [("cpu", "auto", False), ("cuda:0", "auto", True), ("cpu", True, True)]
 )

@@ -61,6 +61,7 @@ def choose_cache(
     img_size: Sequence[int],
     cache_dir: str | Path,
     masks: int = 0,
+    compact: bool = False,
 ) -> str:
     """Choose where prepared volumes are kept, if ``cache`` is ``auto``: in memory, else on disk, where they fit.
 
@@ -73,13 +74,14 @@ def choose_cache(
         img_size: voxels that they are padded to, at least.
         cache_dir: the folder on the disk.
         masks: that are kept with each volume, such as a label map.
+        compact: two bytes a voxel, not four; see :class:`~bertswin_mae.transforms.Compactd`.
 
     Raises:
         Mistake: when they fit neither, or would only fit the disk as they are made many times larger.
     """
     if cache != "auto":
         return cache
-    prepared = sum(prepared_bytes(facts, spacing, img_size, masks))
+    prepared = sum(prepared_bytes(facts, spacing, img_size, masks, 2 if compact else 4))
     stored = sum(prepared_bytes(facts, None, (1, 1, 1), masks))
     folder = Path(cache_dir).absolute()
     disk = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
@@ -102,15 +104,19 @@ def choose_cache(
 
 
 def prepared_bytes(
-    facts: Sequence[Mapping[str, Any]], spacing: Sequence[float] | None, img_size: Sequence[int], masks: int = 0
+    facts: Sequence[Mapping[str, Any]],
+    spacing: Sequence[float] | None,
+    img_size: Sequence[int],
+    masks: int = 0,
+    channel: int = 4,
 ) -> list[int]:
-    """Tell how many bytes each volume takes at most once prepared: float32 channels, and masks of a byte a voxel.
+    """Tell how many bytes each volume takes at most once prepared: ``channel`` a voxel and channel, masks one a voxel.
 
     Training keeps it with a border all round, an eighth of a crop, that a crop turns into.
     """
     shapes = (np.maximum(resampled_shape(one, spacing), img_size) for one in facts)
     shapes = (shape + shape % 2 + np.array(img_size) // 4 for shape in shapes)
-    return [int((4 * one["shape"][0] + masks) * shape.prod()) for one, shape in zip(facts, shapes, strict=True)]
+    return [int((channel * one["shape"][0] + masks) * shape.prod()) for one, shape in zip(facts, shapes, strict=True)]
 
 
 def build_dataset(

@@ -87,7 +87,7 @@ class AugmentedBatch(PrepareBatch):
     ) -> Any:
         """Return what the other way makes of the augmented batch."""
         if self.augmentation is not None:
-            volumes = {key: value for key, value in batchdata.items() if isinstance(value, Tensor) and value.ndim == 5}
+            volumes = {key: value for key, value in batchdata.items() if isinstance(value, Tensor) and value.ndim > 1}
             moved = {key: value.to(device, non_blocking=non_blocking) for key, value in volumes.items()}
             batchdata = batchdata | self.augmentation.on_batch(moved, batchdata["seed"].tolist())
         return self.prepare_batch(batchdata, device, non_blocking)

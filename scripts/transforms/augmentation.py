@@ -9,18 +9,14 @@ import torch
 from monai.transforms import MapTransform, Randomizable
 from torch import Tensor
 
-__all__ = ["Augmentation", "RandBatchd"]
+__all__ = ["Augmentation", "Batchd", "RandBatchd"]
 
 
-class RandBatchd(Randomizable, MapTransform):
-    """A random change of volumes: of one, as any MONAI transform, or of many at once, each by what is drawn for it.
+class Batchd(MapTransform):
+    """A change of volumes: of one, as any MONAI transform, or of many at once, each by what is drawn for it."""
 
-    Subclasses ``draw`` what is random from ``self.R``, the same for all keys, and ``change`` a batch by it.
-    """
-
-    @abstractmethod
     def draw(self) -> Any:
-        """Draw what happens to one volume."""
+        """Draw what happens to one volume, where anything is random."""
 
     @abstractmethod
     def change(self, batch: dict[Hashable, Tensor], drawn: Sequence[Any]) -> dict[Hashable, Tensor]:
@@ -32,39 +28,48 @@ class RandBatchd(Randomizable, MapTransform):
         return {**data, **{key: volumes[0] for key, volumes in self.change(batch, [self.draw()]).items()}}
 
 
+class RandBatchd(Randomizable, Batchd):
+    """A random one: subclasses ``draw`` from ``self.R``, the same for all keys, and ``change`` a batch by that."""
+
+    @abstractmethod
+    def draw(self) -> Any:
+        """Draw what happens to one volume."""
+
+
 class Augmentation:
     """Random transforms that are a function of a draw's seed, wherever they are done.
 
     Args:
-        transforms: of dictionaries. Those that are a :class:`RandBatchd` take a batch at once, others its volumes one
-            after the other.
+        transforms: of dictionaries. Those that are a :class:`Batchd` take a batch at once, others its volumes one after
+            the other.
     """
 
     def __init__(self, transforms: Sequence[Callable[[dict], dict]]) -> None:
         self.transforms = tuple(transforms)
+        self.random = [transform for transform in transforms if isinstance(transform, Randomizable)]
 
     def __call__(self, item: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Augment one case."""
-        for number, transform in enumerate(self.transforms):
-            item = _seeded(transform, seed, number)(item)
+        for transform in self.transforms:
+            item = self._seeded(transform, seed)(item)
         return dict(item)
 
     def on_batch(self, batch: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
         """Augment volumes ``(B, C, D, H, W)`` by key, of ``B`` cases."""
         batch = dict(batch)
-        for number, transform in enumerate(self.transforms):
-            if isinstance(transform, RandBatchd):
-                drawn = [_seeded(transform, seed, number).draw() for seed in seeds]
+        for transform in self.transforms:
+            if isinstance(transform, Batchd):
+                drawn = [self._seeded(transform, seed).draw() for seed in seeds]
                 batch |= transform.change({key: batch[key] for key in transform.key_iterator(batch)}, drawn)
             else:
                 items = ({key: volumes[place] for key, volumes in batch.items()} for place in range(len(seeds)))
-                changed = [_seeded(transform, seed, number)(item) for seed, item in zip(seeds, items, strict=True)]
+                changed = [self._seeded(transform, seed)(item) for seed, item in zip(seeds, items, strict=True)]
                 batch = {key: torch.stack([torch.as_tensor(item[key]) for item in changed]) for key in changed[0]}
         return batch
 
-
-def _seeded(transform: Callable, seed: int, number: int) -> Callable:
-    """Seed a transform, if it is random, by the draw and by its place among the others."""
-    if isinstance(transform, Randomizable):
-        transform.set_random_state(seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-    return transform
+    def _seeded(self, transform: Callable, seed: int) -> Callable:
+        """Seed a transform, if it is random, by the draw and by its place among the random ones."""
+        if transform in self.random:
+            own = np.random.SeedSequence([seed, self.random.index(transform)]).generate_state(1)[0]
+            transform.set_random_state(seed=int(own))
+        return transform
