@@ -20,7 +20,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from . import parallel
 from .handlers import TRAINING_STATE, Setting, WarningLog, end_when_preempted
-from .knobs import RENAMED, is_expression, is_knob, read
+from .knobs import MOVED, RENAMED, is_expression, is_knob, read
 from .mistakes import Mistake, causes, likely, reason
 from .weights import CARRIED, carried_knobs, read_record, recorded
 
@@ -100,6 +100,9 @@ def check_knobs(weights: str = "pretrained") -> None:
             changes |= {name: checked} if repr(checked) != repr(value) else {}
         elif name not in passed - given and not _is_referenced(name, parser.get()):
             raise Mistake(_unknown(name, defaults, files[-1]))
+    for name, instead in MOVED.items():
+        if name in parser:
+            raise Mistake(f"{name} is of an earlier version: {instead}")
     _change(parser, changes)
     _change(parser, _carried(parser, recipe, defaults, given, weights))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .mistakes import Mistake, likely
 
-__all__ = ["CHOICES", "EXAMPLES", "RANGES", "RENAMED", "Range", "is_expression", "is_knob", "read"]
+__all__ = ["CHOICES", "EXAMPLES", "MOVED", "RANGES", "RENAMED", "Range", "is_expression", "is_knob", "read"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,10 @@ RANGES: dict[str, Range] = {
 PATHS = ("cache_dir", "ckpt_dir", "dataset_dir", "index", "output_dir")
 WEIGHTS = ("pretrained",)
 RENAMED = {"checkpoint": "pretrained"}  # what an earlier version called them
+MOVED = {  # entries that an overlay for an earlier version may name
+    "train::flips": "train::turn flips, by flip_prob and flip_axes",
+    "train::random_transforms": "train::crop cuts, train::augmentation does the rest",
+}
 EXAMPLES: dict[str, Any] = {
     **dict.fromkeys(PATHS, "FOLDER"),
     **dict.fromkeys(WEIGHTS, "MODEL.pt"),

@@ -53,6 +53,7 @@ class CoreSeconds(NamedTuple):
 
     all: float  # those that this process may use, whoever used them
     own: float  # used by this process and those that it has started
+    there: int  # how many cores these are, whatever a quota leaves of them
 
 
 def core_seconds() -> CoreSeconds | None:
@@ -66,7 +67,7 @@ def core_seconds() -> CoreSeconds | None:
     # User, nice, system, then idle and waiting, then interrupts and what a host took away.
     busy = sum(int(part) for name, *parts in lines if name in allowed for part in (*parts[:3], *parts[5:8]))
     children = sum(_used(PROC / str(child.pid) / "stat") for child in multiprocessing.active_children())
-    return CoreSeconds(busy / ticks, sum(os.times()[:4]) + children / ticks)
+    return CoreSeconds(busy / ticks, sum(os.times()[:4]) + children / ticks, len(allowed))
 
 
 def _used(stat: Path) -> int:

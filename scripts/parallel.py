@@ -100,11 +100,8 @@ def distribute(network: nn.Module, device: str | torch.device, mode: str = "ddp"
     if mode == "ddp":
         # Said of a transposed convolution's weight, whose one input channel has no stride to speak of.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        devices = [device.index] if device.type == "cuda" else None
-        # The buffers are constants.
-        return DistributedDataParallel(
-            network.to(device), device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        # The buffers are constants. Without device_ids, arguments stay where they are: masks on the CPU.
+        return DistributedDataParallel(network.to(device), gradient_as_bucket_view=True, broadcast_buffers=False)
     if mode == "fsdp":
         # Block by block onto the device, so that it never holds the whole.
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))

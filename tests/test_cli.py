@@ -1,7 +1,7 @@
 """Promises of the command line: what can be run, what is refused, in one line."""
 
 import pytest
-from conftest import ROOT, bundle, train
+from conftest import ROOT, bundle, started, train
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.mistakes import Mistake
@@ -97,3 +97,10 @@ def test_what_is_no_workflow_ends_in_one_line_from_any_directory(run_id, stack, 
     )
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train::flips", "train::random_transforms"])
+def test_what_an_overlay_of_an_earlier_version_changes_in_vain_is_refused(name):
+    with pytest.raises(RuntimeError) as caught:
+        started(**{name: []})
+    assert str(caught.value.__cause__).startswith(f"{name} is of an earlier version: train::")

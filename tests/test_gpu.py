@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_KNOBS, Volumes, noise, records, tiny, train
 from ignite.engine import Events
+from monai.transforms import CopyItemsd
 
-from scripts.engines import AutocastInferer, MAETrainer, PrepareMaskedBatch, can_compile, compile_parts
+from scripts.engines import AugmentedBatch, AutocastInferer, MAETrainer, PrepareMaskedBatch, can_compile, compile_parts
 from scripts.losses import MaskedL2Loss, choose_loss
 from scripts.mistakes import Mistake
 from scripts.networks import patchify
-from scripts.transforms import Augmentation, RandHUWarpd, RandTurnd
+from scripts.transforms import Augmentation, RandCTNoised, RandHUWarpd, RandTurnd
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -54,7 +55,8 @@ def test_a_device_trains_as_the_cpu_does_in_float32(precision):
     cpu.inferer = AutocastInferer("fp32", "cpu")
     cpu.optimizer = torch.optim.AdamW(theirs.parameters(), 1e-3)
     cpu.run()
-    assert (weights(ours) - weights(theirs)).norm() / weights(theirs).norm() < 1e-2
+    # The scaler of half precision may leave out a step while it finds its scale.
+    assert (weights(ours) - weights(theirs)).norm() / weights(theirs).norm() < (3e-2 if precision == "fp16" else 1e-2)
 
 
 @pytest.mark.skipif(not can_compile(DEVICE), reason="no compiler")
@@ -85,6 +87,11 @@ def test_volumes_are_turned_and_bent_on_the_device_as_on_the_cpu():
 @needs_gpu
 def test_no_step_waits_for_the_gpu():
     engine = gpu_trainer(tiny(), length=16)
+    hounsfield = {"hu_scale": 500.0, "hu_offset": -20.0}
+    turn = RandTurnd("image", (32, 32, 32), 0.5, 12.0, 0.1, flip_prob=0.5, flip_axes=(0, 1))
+    intensity = [RandHUWarpd("image", 0.5, **hounsfield), RandCTNoised("image", 0.5, **hounsfield)]
+    augmentation = Augmentation([turn, CopyItemsd("image", names="target"), *intensity])
+    engine.prepare_batch = AugmentedBatch(engine.prepare_batch, augmentation)
     assert engine.lag == 2
 
     @engine.on(Events.ITERATION_STARTED)
@@ -103,10 +110,12 @@ def test_no_step_waits_for_the_gpu():
 
 @needs_gpu
 def test_too_little_memory_of_a_gpu_ends_the_run_with_what_would_do():
-    torch.cuda.set_per_process_memory_fraction(1e-4)
+    engine = gpu_trainer(tiny(img_size=(128, 128, 128)))
+    free, _ = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / free)
     try:
         with pytest.raises(Mistake, match=r"out of memory on cuda .* lower batch_size and raise accumulation_steps"):
-            gpu_trainer(tiny(img_size=(96, 96, 96))).run()
+            engine.run()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

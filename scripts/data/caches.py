@@ -25,6 +25,7 @@ __all__ += ["prepared_bytes"]
 
 logger = logging.getLogger(__name__)
 
+TABLE_BYTES = 4 * 2**16  # of the values that codes stand for
 LARGEST_GROWTH = 8  # times the voxels of the files that resampling may make of them: half of the spacing
 
 
@@ -61,7 +62,7 @@ def choose_cache(
     img_size: Sequence[int],
     cache_dir: str | Path,
     masks: int = 0,
-    compact: bool = False,
+    compact: int = 0,
 ) -> str:
     """Choose where prepared volumes are kept, if ``cache`` is ``auto``: in memory, else on disk, where they fit.
 
@@ -74,14 +75,15 @@ def choose_cache(
         img_size: voxels that they are padded to, at least.
         cache_dir: the folder on the disk.
         masks: that are kept with each volume, such as a label map.
-        compact: two bytes a voxel, not four; see :class:`~bertswin_mae.transforms.Compactd`.
+        compact: how many, the first ones, are kept as :class:`~bertswin_mae.transforms.Compactd` does.
 
     Raises:
         Mistake: when they fit neither, or would only fit the disk as they are made many times larger.
     """
     if cache != "auto":
         return cache
-    prepared = sum(prepared_bytes(facts, spacing, img_size, masks, 2 if compact else 4))
+    codes = prepared_bytes(facts[:compact], spacing, img_size, masks, channel=2)
+    prepared = sum([*codes, len(codes) * TABLE_BYTES, *prepared_bytes(facts[compact:], spacing, img_size, masks)])
     stored = sum(prepared_bytes(facts, None, (1, 1, 1), masks))
     folder = Path(cache_dir).absolute()
     disk = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,10 +18,13 @@ __all__ = ["can_compile", "compile_parts"]
 
 
 def can_compile(device: str | torch.device) -> bool:
-    """Tell whether ``torch.compile`` finds what it needs for a device: Triton on a GPU, and a C compiler."""
-    compiler = os.environ.get("CC" if torch.device(device).type == "cuda" else "CXX")
-    found = shutil.which(compiler) if compiler else shutil.which("gcc") or shutil.which("clang")
-    return bool(found) and (torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is not None)
+    """Tell whether ``torch.compile`` finds what it needs: a C compiler, and for a GPU Triton and Python's header."""
+    on_gpu = torch.device(device).type == "cuda"
+    words = os.environ.get("CC" if on_gpu else "CXX", "").split()
+    if not (shutil.which(words[0]) if words else shutil.which("gcc") or shutil.which("clang")):
+        return False
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return not on_gpu or (importlib.util.find_spec("triton") is not None and header.exists())
 
 
 def compile_parts(network: nn.Module, enabled: bool | str, device: str | torch.device) -> nn.Module:
@@ -33,11 +38,17 @@ def compile_parts(network: nn.Module, enabled: bool | str, device: str | torch.d
         enabled: ``auto``: on a GPU, where a compiler is there.
         device: that it runs on.
     """
-    on_gpu = torch.device(device).type == "cuda"
-    if enabled is True or (enabled == "auto" and on_gpu and can_compile(device)):
+    if enabled is True or (enabled == "auto" and _is_capable(device) and can_compile(device)):
+        # Blocks share their code: shifted or not, with a gradient or without, of several batches.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False  # it takes networks apart, and these are parts
         for part in _parts(network):
             part.compile()
     return network
+
+
+def _is_capable(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # for Triton
 
 
 def _parts(network: nn.Module) -> Iterator[nn.Module]:

@@ -245,6 +245,8 @@ class ConductorTrainer(MAETrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Each task goes back through the same graph: what is compiled must not give its buffers away.
+        torch._functorch.config.donated_buffer = False
         if not isinstance(self.loss_function, MaskedLoss):
             raise Mistake("the conductor takes the losses of pre-training: train_conductor.yaml goes with train.yaml")
         if any(isinstance(parameter, DTensor) for parameter in self.network.parameters()):

@@ -62,8 +62,9 @@ class _Step(NamedTuple):
 class MAETrainer(SupervisedTrainer):
     """MONAI's SupervisedTrainer with the masked loss, any device's autocast, clipping and a rate by step.
 
-    A loss or gradient that is not finite ends the run. To look at them, the CPU would have to wait for a GPU at every
-    step. With a fused optimiser, which leaves the weights alone then, it looks two steps later.
+    A loss or gradient that is not finite ends the run at the step that it is part of. To look at them, the CPU would
+    have to wait for a GPU at every step. With a fused optimiser, which leaves the weights alone then, it looks two
+    steps later.
 
     Args:
         lr_scheduler: stepped after every optimiser step; default: a constant rate.
@@ -94,14 +95,15 @@ class MAETrainer(SupervisedTrainer):
         """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
         try:
             return self._iterate(engine, batchdata)
-        except (torch.OutOfMemoryError, RuntimeError) as error:  # of a CPU it is any error
+        except RuntimeError as error:  # what a CPU says is any error
             if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
                 raise
-            batch, *size = batchdata[Keys.IMAGE].shape
+            batch = len(batchdata[Keys.IMAGE])
+            smaller = "lower batch_size and raise accumulation_steps by the same factor, which trains alike, or "
             raise Mistake(
                 f"out of memory on {self.state.device} in epoch {self.state.epoch}, iteration {self.state.iteration}, "
-                f"with a batch of {batch} volumes of {tuple(size)}: lower batch_size and raise accumulation_steps by "
-                "the same factor, which trains alike, or set --activation_checkpointing true"
+                f"with a batch of {batch}: {smaller if batch > 1 else ''}set --activation_checkpointing true, or "
+                "choose a smaller img_size"
             ) from error
 
     def _iterate(self, engine: MAETrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class MAETrainer(SupervisedTrainer):
             engine._step()
             engine.is_stepping = False
             # Before anything is validated or saved, all steps are known to be sound.
-            engine._look(0 if place + 1 == state.epoch_length else engine.lag)
+            engine.check_steps(0 if place + 1 == state.epoch_length else engine.lag)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
@@ -168,15 +170,15 @@ class MAETrainer(SupervisedTrainer):
         figures = torch.stack([norm, *self.step_losses]).float().to("cpu", non_blocking=True)
         ready = torch.cuda.Event() if norm.is_cuda else None
         if ready is not None:
-            ready.record()
+            ready.record(torch.cuda.current_stream(norm.device))
         place = f"epoch {state.epoch}, iteration {state.iteration}"
         self.watched.append(_Step(figures, ready, place, self.step_cases))
         if self.lag:
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # then the weights stay as they are
         else:
-            self._look(0)
+            self.check_steps(0)
 
-    def _look(self, lag: int) -> None:
+    def check_steps(self, lag: int = 0) -> None:
         """End the run, in all ranks, if a step that lies some steps back was not sound in one of them."""
         while len(self.watched) > lag:
             step = self.watched.popleft()

@@ -82,7 +82,7 @@ class ViTMAE(MaskedAutoEncoderViT):
         return {
             "reconstructed_cube": unpatchify(patches, patch_size, [side // patch_size for side in self.img_size]),
             "reconstructed_patches": patches,
-            "mae_mask_1d": hidden.float(),
+            "mae_mask_1d": hidden.to(volume.device).float(),
             "valid_for_masking_mask": valid,
         }
 

@@ -69,8 +69,8 @@ class MetricsRecorder:
         state, record = engine.state, {}
         if losses := state.epoch_losses:
             rows = [torch.stack([*loss.values()]) for loss in losses]  # on the CPU those before an interruption
-            sums = torch.stack([row.to(rows[-1].device) for row in rows]).double().mean(dim=0)
-            means = idist.all_reduce(sums.cpu(), op="SUM") / idist.get_world_size()
+            sums = torch.stack([row.to(rows[-1].device) for row in rows]).cpu().double().mean(dim=0)
+            means = idist.all_reduce(sums, op="SUM") / idist.get_world_size()
             record = {f"train_{name}": mean for name, mean in zip(losses[0], means.tolist(), strict=True)}
             # The components for TensorBoard and MLflow too, which have the loss by iteration.
             state.metrics.update({name: mean for name, mean in record.items() if name != "train_loss"})

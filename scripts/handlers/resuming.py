@@ -134,6 +134,7 @@ class Checkpointing:
 
     def save_within_epoch(self, engine: Engine) -> None:
         """Write the state after the last optimiser step, in the middle of an epoch or before its validation."""
+        engine.check_steps()  # what is saved is sound
         state, length = engine.state, engine.state.epoch_length
         epochs = state.epoch - 1
         done = state.iteration - epochs * length

@@ -48,8 +48,8 @@ class FreeCores:
     def adapt(self, engine: Engine) -> None:
         """Choose the threads by what others have used since the last look."""
         now, seen = time.monotonic(), machine.core_seconds()
-        busy, own = (new - old for new, old in zip(seen, self.seen, strict=True))
-        free = machine.cores() - max(0.0, busy - own) / (now - self.since)
+        others = max(0.0, (seen.all - self.seen.all) - (seen.own - self.seen.own)) / (now - self.since)
+        free = min(machine.cores(), seen.there - others)  # a quota is of the cores that others leave
         self.since, self.seen = now, seen
         threads = min(self.most, max(1, int(free + SPARED)))
         if threads != torch.get_num_threads():

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..devices import send
 from ..mistakes import Mistake
 from .encoder import BertsWinEncoder, initialise_weights
 from .patches import random_masking, unpatchify
@@ -186,7 +187,7 @@ class BertsWinMAE(nn.Module):
         else:
             masked = self._patch_mask("masked", masked, volume)
         tokens = self.embed_visible(volume, valid & ~masked)
-        valid, masked = (mask.to(volume.device, non_blocking=True) for mask in (valid, masked))
+        valid, masked = (send(mask, volume.device) for mask in (valid, masked))
         features = self.encoder.encode(tokens)  # the whole grid, mask tokens included
         patches = self.decoder(features, as_patches=True)
         return {
@@ -203,7 +204,8 @@ class BertsWinMAE(nn.Module):
         """
         p = self.encoder.patch_size
         patches = rearrange(volume, "b c (d p) (h q) (w r) -> (b d h w) c p q r", p=p, q=p, r=p)
-        places = visible.flatten().nonzero().flatten().to(volume.device, non_blocking=True)
+        places = visible.flatten().nonzero().flatten()
+        places = send(places, volume.device)
         # Patches go through alone: an overlapping kernel would see hidden voxels.
         embedded = self.encoder.embed(patches.index_select(0, places)).flatten(1)
         tokens = self.mask_token.flatten(1).repeat(visible.numel(), 1)

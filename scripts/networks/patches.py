@@ -35,7 +35,7 @@ def random_masking(valid: Tensor, mask_ratio: float, seeds: Sequence[int] | None
         valid: ``(B, N)`` bool, False = outside the field of view.
         mask_ratio: share of the valid patches to hide, in [0, 1).
         seeds: one seed a volume: its mask then depends neither on the device nor on its neighbours in the batch (but
-            for their number of valid patches). Default: torch's global generator of the device.
+            for their number of valid patches). Default: torch's global generator of the mask's device.
 
     Returns:
         ``(B, N)`` bool, True = hidden. Patches that are not valid are hidden too.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Augmentation:
         """Augment one case."""
         for transform in self.transforms:
             item = self._seeded(transform, seed)(item)
-        return dict(item)
+        return _plain(item)
 
     def on_batch(self, batch: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
         """Augment volumes ``(B, C, D, H, W)`` by key, of ``B`` cases."""
@@ -63,8 +64,8 @@ class Augmentation:
                 batch |= transform.change({key: batch[key] for key in transform.key_iterator(batch)}, drawn)
             else:
                 items = ({key: volumes[place] for key, volumes in batch.items()} for place in range(len(seeds)))
-                changed = [self._seeded(transform, seed)(item) for seed, item in zip(seeds, items, strict=True)]
-                batch = {key: torch.stack([torch.as_tensor(item[key]) for item in changed]) for key in changed[0]}
+                changed = [_plain(self._seeded(transform, seed)(item)) for seed, item in zip(seeds, items, strict=True)]
+                batch = {key: torch.stack([item[key] for item in changed]) for key in changed[0]}
         return batch
 
     def _seeded(self, transform: Callable, seed: int) -> Callable:
@@ -73,3 +74,8 @@ class Augmentation:
             own = np.random.SeedSequence([seed, self.random.index(transform)]).generate_state(1)[0]
             transform.set_random_state(seed=int(own))
         return transform
+
+
+def _plain(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave MONAI's metadata behind: a network that is compiled takes tensors alone."""
+    return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}

@@ -11,6 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from torch import Tensor
 
+from ..devices import send
 from ..mistakes import Mistake
 from .augmentation import RandBatchd
 
@@ -39,14 +40,11 @@ class _RandHounsfieldd(RandBatchd):
 
     def _changed(self, volumes: Tensor, places: list[int], drawn: Sequence[Any]) -> Tensor:
         all_of_them = len(places) == len(volumes)
-        hounsfield = (volumes if all_of_them else volumes[places]).float() * self.hu_scale
+        index = send(places, volumes.device, torch.int64)
+        hounsfield = (volumes if all_of_them else volumes.index_select(0, index)).float() * self.hu_scale
         changed = self._change(hounsfield.add_(self.hu_offset), drawn)
         changed = changed.sub_(self.hu_offset).div_(self.hu_scale).to(volumes.dtype)
-        if all_of_them:
-            return changed
-        result = volumes.clone()
-        result[places] = changed
-        return result
+        return changed if all_of_them else volumes.index_copy(0, index, changed)
 
 
 class RandHUWarpd(_RandHounsfieldd):
@@ -188,4 +186,4 @@ def _mean_power(sigma: float, side: int) -> float:
 
 def _column(values: Sequence[float] | np.ndarray, like: Tensor) -> Tensor:
     """Lay out one value a volume, as ``(B, 1, 1, 1, 1)``."""
-    return torch.as_tensor(np.asarray(values), dtype=like.dtype, device=like.device).reshape(-1, 1, 1, 1, 1)
+    return send(np.asarray(values), like.device, like.dtype).reshape(-1, 1, 1, 1, 1)

@@ -13,6 +13,7 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ..devices import send
 from .augmentation import RandBatchd
 
 __all__ = ["RandTurnd", "ValuePadd"]
@@ -99,7 +100,11 @@ class RandTurnd(RandBatchd):
         grid = self._grid([drawn[place].affine for place in turned], next(iter(batch.values()))) if turned else None
         results = {}
         for key, volumes in batch.items():
-            chosen = volumes if len(turned) == len(drawn) else volumes[turned]
+            chosen = (
+                volumes
+                if len(turned) == len(drawn)
+                else volumes.index_select(0, send(turned, volumes.device, torch.int64))
+            )
             sampled = iter(self._sampled(chosen, grid, **self.ways[key]) if turned else ())
             pieces = [
                 next(sampled) if turn.affine is not None else self._centre(volume).flip(turn.flipped)
@@ -123,5 +128,5 @@ class RandTurnd(RandBatchd):
         affine = torch.as_tensor(np.stack(affines))
         # What MONAI calls zero-centred without aligned corners is what torch calls aligned corners.
         affine = to_norm_affine(affine, volumes.shape[2:], self.spatial_size, zero_centered=True)[:, :3]
-        theta = torch.cat([affine[:, :, :3].flip(1, 2), affine[:, :, 3:].flip(1)], dim=2).float().to(volumes.device)
-        return F.affine_grid(theta, [len(affines), 1, *self.spatial_size], align_corners=True)
+        theta = torch.cat([affine[:, :, :3].flip(1, 2), affine[:, :, 3:].flip(1)], dim=2).float()
+        return F.affine_grid(send(theta, volumes.device), [len(affines), 1, *self.spatial_size], align_corners=True)

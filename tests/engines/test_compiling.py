@@ -27,6 +27,9 @@ def test_stem_blocks_and_decoder_are_compiled_in_place_and_nothing_by_default_on
         "decoder",
     ]
     assert list(network.state_dict()) == before
+    # Dynamo passes over what torch.nn itself defines.
+    parts = [network.get_submodule(name) for name in compiled_parts(network)]
+    assert {type(part).forward.__module__.partition(".")[0] for part in parts} == {"scripts"}
     assert compiled_parts(copy.deepcopy(network)) == []
 
 

@@ -269,7 +269,7 @@ def test_too_little_memory_ends_the_run_with_what_would_do(error):
         raise error
 
     network.decoder.register_forward_hook(full)
-    expected = r"out of memory on cpu in epoch 1, iteration 1, with a batch of 2 volumes of \(1, 32, 32, 32\): lower"
+    expected = r"out of memory on cpu in epoch 1, iteration 1, with a batch of 2: lower batch_size and raise"
     with pytest.raises(Mistake, match=expected):
         trainer(network).run()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import ROOT, noise, start_training, tiny, train, trainer
 from ignite.engine import Engine, Events
 
 from scripts.data import DrawSampler
+from scripts.engines import NonFiniteLossError
 from scripts.handlers import Checkpointing, MetricsRecorder, lock_folders
 
 EPOCHS, ITERATIONS, VALIDATION_BATCHES = 3, 5, 2
@@ -232,3 +234,11 @@ def test_a_run_interrupted_at_random_moments_ends_as_if_it_had_not_been(cohort, 
         one, two = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (whole, parts))
         assert one.pop("about", None) == two.pop("about", None)
         torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_nothing_is_saved_within_an_epoch_before_its_steps_are_known_to_be_sound():
+    def unsound():
+        raise NonFiniteLossError("the loss is nan")
+
+    with pytest.raises(NonFiniteLossError):
+        Checkpointing.save_within_epoch(None, SimpleNamespace(check_steps=unsound))

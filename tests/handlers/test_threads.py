@@ -13,7 +13,7 @@ from scripts.machine import CoreSeconds
 @pytest.fixture
 def four_cores(monkeypatch):
     """A machine with four cores whose clock is ours; `used` tells what each look finds."""
-    clock, used = [0.0], [CoreSeconds(0, 0)]
+    clock, used = [0.0], [CoreSeconds(0, 0, 4)]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "cores", lambda: 4)
@@ -24,7 +24,7 @@ def four_cores(monkeypatch):
 
     def goes_by(seconds, others, own=0.0):
         clock[0] += seconds
-        used[0] = CoreSeconds(used[0].all + seconds * (others + own), used[0].own + seconds * own)
+        used[0] = CoreSeconds(used[0].all + seconds * (others + own), used[0].own + seconds * own, used[0].there)
 
     yield goes_by
     torch.set_num_threads(threads)
@@ -56,6 +56,11 @@ def test_busy_neighbours_get_their_cores_at_the_start_and_when_they_come_and_go(
 
 def test_a_part_of_a_core_costs_a_thread_since_all_would_wait_for_it(four_cores, monkeypatch):
     assert chosen(four_cores, monkeypatch, 0.5, 1.2, at_the_start=0) == [4, 3, 3]
+
+
+def test_a_quota_is_of_the_cores_that_others_leave(four_cores, monkeypatch):
+    monkeypatch.setattr(machine, "core_seconds", lambda seen=machine.core_seconds: seen()._replace(there=64))
+    assert chosen(four_cores, monkeypatch, 30, 62, at_the_start=30) == [4, 4, 2]
 
 
 def test_whoever_has_chosen_the_threads_keeps_them(four_cores, monkeypatch):

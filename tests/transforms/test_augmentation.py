@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise
+from monai.data import MetaTensor
 from monai.transforms import Affine, CenterSpatialCrop, Compose, Flip, RandGaussianNoised
 from monai.transforms.utils import create_rotate, create_scale, create_translate
 
@@ -95,6 +96,13 @@ def test_a_batch_is_augmented_as_its_volumes_are_one_by_one():
         torch.testing.assert_close(together[key], expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(batch[key], before[key])  # what is kept in the cache stays as it is
     assert not torch.equal(together["image"][0], together["image"][1])
+
+
+def test_metadata_of_monai_ends_here():
+    case = {"image": MetaTensor(smooth()["image"]), "fov": smooth()["fov"]}
+    batch = {key: torch.stack([value, value]) for key, value in case.items()}
+    for item in (Augmentation(steps())(case, 0), Augmentation(steps()).on_batch(batch, [0, 1])):
+        assert {type(value) for value in item.values()} == {torch.Tensor}
 
 
 def test_an_augmentation_follows_from_the_seed_and_from_nothing_that_was_drawn_before():

@@ -153,7 +153,8 @@ def rate_beyond(found: Mapping[Rate, float], name: str, sign: int) -> float | No
     best = best_rate(found, name, sign)
     for end, beside in ((0, 1), (-1, -2)) if len(rates) > 1 else ():
         if best == rates[end] and found[name, best] != found[name, rates[beside]]:
-            return float(f"{best * best / rates[beside]:.1g}")  # as far away as the one beside it
+            rate = float(f"{best * best / rates[beside]:.1g}")  # as far away as the one beside it
+            return None if rates[0] <= rate <= rates[-1] else rate
     return None
 
 
