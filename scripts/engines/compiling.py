@@ -4,13 +4,12 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..networks import ConvDecoder, PatchStem
+from ..networks import ConvDecoder
 from ..networks.segmentation import Level
 from ..networks.swin import SwinBlock
 
@@ -28,10 +27,11 @@ def can_compile(device: str | torch.device) -> bool:
 
 
 def compile_parts(network: nn.Module, enabled: bool | str, device: str | torch.device) -> nn.Module:
-    """Let the parts of a network be compiled when they first run: stem, Swin blocks, decoder; others stay as they are.
+    """Let the Swin blocks and the decoder of a network be compiled when they first run; other parts stay as they are.
 
     They are compiled in place, so that names of weights, checkpoints and copies do not change; and one by one, so that
-    equal blocks are compiled once, and what chooses the visible patches is not.
+    equal blocks are compiled once. What chooses the visible patches and the stem, which takes as many as there are, are
+    not: with a field of view their number changes from batch to batch.
 
     Args:
         network: any; a MONAI one has no such parts.
@@ -42,18 +42,11 @@ def compile_parts(network: nn.Module, enabled: bool | str, device: str | torch.d
         # Blocks share their code: shifted or not, with a gradient or without, of several batches.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.optimize_ddp = False  # it takes networks apart, and these are parts
-        for part in _parts(network):
-            part.compile()
+        for module in network.modules():
+            if isinstance(module, SwinBlock | ConvDecoder | Level):
+                module.compile(dynamic=False)  # shapes are few, and with unknown ones convolutions fail to compile
     return network
 
 
 def _is_capable(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)  # for Triton
-
-
-def _parts(network: nn.Module) -> Iterator[nn.Module]:
-    for module in network.modules():
-        if isinstance(module, PatchStem):
-            yield from module.stages  # both with skips and without
-        elif isinstance(module, SwinBlock | ConvDecoder | Level):
-            yield module

@@ -38,16 +38,6 @@ class BlockGroupNorm(nn.GroupNorm):
         return rearrange(super().forward(blocks), "(b d h w) c p q r -> b c (d p) (h q) (w r)", b=b, d=d, h=h, w=w)
 
 
-class StemStage(nn.Sequential):
-    """Layers one after the other. That torch's own class does the same is no help: it is passed over in compiling."""
-
-    def forward(self, volume: Tensor) -> Tensor:
-        """Map ``(B, c_in, D, H, W)`` to ``(B, c_out, D/2, H/2, W/2)``."""
-        for layer in self:
-            volume = layer(volume)
-        return volume
-
-
 class PatchStem(nn.Module):
     """CNN stem that turns each P³ block of voxels into one token.
 
@@ -88,7 +78,7 @@ class PatchStem(nn.Module):
             norm = nn.GroupNorm(STEM_GROUPS, c_out)
             if blockwise_norm:
                 norm = BlockGroupNorm(STEM_GROUPS, c_out, block_size=patch_size >> stage)
-            self.stages.append(StemStage(conv, norm, nn.GELU()))
+            self.stages.append(nn.Sequential(conv, norm, nn.GELU()))
         self.proj = nn.Conv3d(widths[-1], embed_dim, kernel_size=1)
 
     def forward(self, volume: Tensor) -> Tensor:

@@ -15,14 +15,13 @@ def compiled_parts(network):
     return [name for name, module in network.named_modules() if module._compiled_call_impl is not None]
 
 
-def test_stem_blocks_and_decoder_are_compiled_in_place_and_nothing_by_default_on_a_cpu():
+def test_blocks_and_decoder_are_compiled_in_place_and_nothing_by_default_on_a_cpu():
     network = tiny()
     assert compile_parts(network, "auto", "cpu") is compile_parts(network, False, "cuda") is network
     assert compiled_parts(network) == []
     before = list(network.state_dict())
     compile_parts(network, True, "cpu")
     assert compiled_parts(network) == [
-        *(f"encoder.stem.stages.{stage}" for stage in range(3)),
         *(f"encoder.swin.blocks.{block}" for block in range(2)),
         "decoder",
     ]
@@ -76,3 +75,20 @@ def test_a_compiled_training_is_resumed_without_it_and_gives_the_weights_of_an_e
     (ours, weights), (theirs, expected) = run("compiled", resume="true"), run("eager")
     assert weights.keys() == expected.keys()
     assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_a_compiler
+def test_a_compiled_segmentation_takes_batches_of_several_sizes_with_gradients_and_without():
+    torch.manual_seed(0)
+    eager = SegmentationNetwork(tiny().encoder, 2, feature_size=4)
+    compiled = compile_parts(copy.deepcopy(eager), True, "cpu")
+    for batch in (2, 1):
+        volume = noise(batch, 1, 32, 32, 32)
+        for network in (eager, compiled):
+            network.zero_grad()
+            network(volume).square().mean().backward()
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(volume), eager(volume), atol=1e-5, rtol=1e-4)
