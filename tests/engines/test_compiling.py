@@ -77,6 +77,7 @@ def test_a_compiled_training_is_resumed_without_it_and_gives_the_weights_of_an_e
     assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @needs_a_compiler
 def test_a_compiled_segmentation_takes_batches_of_several_sizes_with_gradients_and_without():
