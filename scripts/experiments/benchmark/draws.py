@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -72,13 +72,12 @@ def _measure(side: int, on_device: bool, device: str, repeats: int) -> dict[str,
     """Seconds of each stage."""
     with tempfile.TemporaryDirectory() as folder:
         parser = _parser(side, on_device, device, Path(folder))
-        dataset, sampler = (parser.get_parsed_content(f"train::{name}") for name in ("dataloader::dataset", "sampler"))
+        dataset = parser.get_parsed_content("train::dataloader::dataset")
         dataset.augmentation, augmentation = None, parser.get_parsed_content("train::augmentation")
         found: dict[str, list[float]] = {}
-        for draw in [draw for _, draw in zip(range(repeats + 1), _endless(sampler), strict=False)]:
-            batch = _timed(COPY, partial(_load, dataset, draw), found, device)
-            seed, *_ = batch.pop("seed").tolist()
-            batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+        for seed in range(repeats + 1):
+            batch = _timed(COPY, partial(_load, dataset, Draw(0, seed)), found, device)
+            batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value) and key != "seed"}
             for transform in augmentation.transforms:
                 name, step = type(transform).__name__, type(augmentation)([transform])
                 batch = _timed(name, partial(step.on_batch, batch, [seed]), found, device)
@@ -87,14 +86,6 @@ def _measure(side: int, on_device: bool, device: str, repeats: int) -> dict[str,
 
 def _load(dataset: DrawnDataset, draw: Draw) -> dict[str, Any]:
     return default_collate([dataset[draw]])
-
-
-def _endless(sampler: Any) -> Iterator[Draw]:
-    epoch = 1
-    while True:
-        sampler.set_epoch(epoch)
-        yield from sampler
-        epoch += 1
 
 
 def _timed(name: str, work: Callable[[], Any], found: dict[str, list[float]], device: str) -> Any:
@@ -117,7 +108,7 @@ def _parser(side: int, on_device: bool, device: str, folder: Path) -> ConfigPars
         nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / f"{number}.nii")
     knobs = {"dataset_dir": str(folder), "output_dir": str(folder / "out"), "modality": "ct", "spacing": None}
     knobs |= {"img_size": [side] * 3, "num_workers": 0, "cache": "memory", "batch_size": 1, "device": device}
-    knobs |= {"augment_on_device": on_device, "hu_warp_prob": 1.0, "ct_noise_prob": 1.0, "iterations_per_epoch": None}
+    knobs |= {"augment_on_device": on_device, "hu_warp_prob": 1.0, "ct_noise_prob": 1.0}
     parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.yaml") | knobs)
     parser["bundle_root"] = str(CONFIGS.parent)
     return parser
