@@ -13,12 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-# What a run imports anyway; not the package itself, as a run may be of a copy of it.
-FORKS.set_forkserver_preload([
-    "monai.bundle", "monai.engines", "monai.handlers", "monai.networks.nets", "monai.optimizers", "monai.transforms",
-    "ignite.handlers", "matplotlib.figure", "nibabel", "SimpleITK", "pydicom", "sklearn.linear_model",
-    "torch.utils.tensorboard",
-])  # fmt: skip
+FORKS.set_forkserver_preload(["tests.preloaded"])  # found where pytest is started, at the top of the repository
 
 
 def run_module(

@@ -39,6 +39,7 @@ SHORT = {
     "tuning": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
     "finetuning": ["--max_epochs", "1", "--iterations_per_epoch", "1"],
 }
+FEW_DRAWS = ["--discriminant_draws", "8"]  # that the linear map of a segmentation is computed from
 
 
 def blocks(language):
@@ -123,6 +124,8 @@ def test_the_commands_of_a_page_run(page, workplace):
             continue
         assert words[:2] == ["python", "-m"], line
         extra = next((flags for name, flags in SHORT.items() if name in words), [])
+        if "finetuning" in words and "finetune_segmentation" in line and "peers" not in line:
+            extra = [*extra, *FEW_DRAWS]
         if "runs/quickstart" in words:
             extra = [*extra, "--output_dir", "OUT/quickstart"]  # the later one counts
         elif "run" in words and "--output_dir" not in words:

@@ -222,23 +222,23 @@ def test_the_stem_is_tuned_in_several_processes_too(volumes, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks by /proc")
 def test_preempted_ranks_save_together_and_go_on(volumes, tmp_path):
-    settings = {"dataset_dir": volumes, "output_dir": tmp_path, "iterations_per_epoch": 400, "max_epochs": 2}
+    settings = {"dataset_dir": volumes, "output_dir": tmp_path, "iterations_per_epoch": 200, "max_epochs": 2}
     process = start_ranks(*PLAIN, **settings)
     deadline = time.monotonic() + 480
     while len(ranks := ranks_below(process.pid)) < 2 or not (tmp_path / "tensorboard").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    time.sleep(4)  # into the first epoch
+    time.sleep(1)  # into the first epoch
     for pid in ranks.values():
         os.kill(pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     assert "ended by SIGTERM in epoch 1" in stdout
     state = torch.load(tmp_path / "checkpoints" / "training_state.pt", weights_only=True)
-    assert 0 < state["iteration"] < 400
+    assert 0 < state["iteration"] < 200
     resumed = train_ranks(*PLAIN, **(settings | {"max_epochs": 1}), resume="true")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"after epoch 0 and {state['iteration']} of 400 iterations" in resumed.stdout
+    assert f"after epoch 0 and {state['iteration']} of 200 iterations" in resumed.stdout
 
 
 def test_one_process_needs_no_others():

@@ -1,0 +1,24 @@
+"""What every run imports anyway, for the process that tests fork: not the package itself, of which a run may be a copy."""
+
+import inspect
+
+import ignite.handlers
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import monai.bundle
+import monai.engines
+import monai.handlers
+import monai.networks.nets
+import monai.optimizers
+import monai.transforms
+import nibabel
+import pydicom
+import scipy.ndimage
+import SimpleITK
+import sklearn.linear_model
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.utils.flop_counter
+import torch.utils.tensorboard  # noqa: F401
+
+inspect.stack()  # which fire asks for: from here on it knows the files of all these modules
