@@ -1,4 +1,6 @@
-"""What every run imports anyway, for the process that tests fork: not the package itself, of which a run may be a copy."""
+"""What every run imports, for the process that tests fork; not the package, of which a run may have a copy."""
+
+# ruff: noqa: F401
 
 import inspect
 
@@ -19,6 +21,6 @@ import sklearn.linear_model
 import torch._dynamo
 import torch.distributed.checkpoint
 import torch.utils.flop_counter
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 
 inspect.stack()  # which fire asks for: from here on it knows the files of all these modules
