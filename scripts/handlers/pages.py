@@ -16,7 +16,7 @@ Element = ElementTree.Element
 Content = Element | str | int | float | None
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 400, 230, 62, 24, 10  # of a chart, in units of its drawing
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 400, 230, 62, 24, 16  # of a chart, in units of its drawing
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c2024; --soft: #5b6470; --line: #d5dae0; --box: #f4f6f8;
   --c0: #0072b2; --c1: #c44e00; --c2: #00805c; --c3: #a6467a; --c4: #6a51a3; --c5: #8a6d00;
