@@ -140,20 +140,18 @@ def list_cases(
     return cases
 
 
-def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0, by: str = "label") -> list[Case]:
-    """Keep the cases that come with a ``label``, a map, or with a ``class``.
+def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0) -> list[Case]:
+    """Keep the cases that come with a ``label``, a map.
 
     ``most`` are kept if it is given, chosen by a hash of their names; another seed keeps others. Too few, or none, are
     a Mistake; so are label maps that are named but not there.
     """
-    if by not in ("label", "class"):
-        raise Mistake(f"target is {by!r} but must be one of ['label', 'class']")
-    kept = [case for case in cases if by in case]
+    kept = [case for case in cases if "label" in case]
     if len(kept) < len(cases):
-        logger.info("%d of %d cases have a %s, the others are left out", len(kept), len(cases), by)
+        logger.info("%d of %d cases have a label, the others are left out", len(kept), len(cases))
     if not kept:
-        raise Mistake(f"none of the cases has a {by}: a Decathlon folder or a datalist that gives them is needed")
-    if by == "label" and (gone := [case["label"] for case in kept if not Path(case["label"]).exists()]):
+        raise Mistake("none of the cases has a label: a Decathlon folder or a datalist that gives them is needed")
+    if gone := [case["label"] for case in kept if not Path(case["label"]).exists()]:
         raise Mistake(f"{len(gone)} of {len(kept)} label maps are not where the list says, the first one {gone[0]}")
     if most is None:
         return kept

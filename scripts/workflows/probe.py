@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from sklearn.base import RegressorMixin
 from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from ..data import Targets, labelled, read_targets
 from ..data.describing import Case
 from ..mistakes import reason
 
-__all__ = ["FewCasesProbe", "FrozenProbe"]
+__all__ = ["FewCasesProbe", "FrozenProbe", "probed_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +34,41 @@ Cases = tuple[Tensor, Tensor]  # features (cases, â€¦, C) and targets (cases, â€
 Score = Callable[[Tensor, Tensor], float]  # of a prediction and its target, larger is better
 
 
+def probed_targets(folds: Mapping[str, Sequence[Case]], target: str, most: int | None = None, seed: int = 0) -> Targets:
+    """Tell what is read off the features, and of which cases.
+
+    Args:
+        folds: ``training`` and ``validation``, of :func:`~bertswin_mae.data.prepare_cases`.
+        target: ``label``, the label maps, or a field of the datalist: see :func:`~bertswin_mae.data.read_targets`.
+        most: training cases to keep, if given, chosen by a hash of their names.
+        seed: another one keeps others.
+
+    Raises:
+        Mistake: when no case has it, or too few.
+    """
+    if target != "label":
+        return read_targets(folds, target, most=most, seed=seed)
+    return Targets(target, [], labelled(folds["training"], most, seed), labelled(folds["validation"]), values={})
+
+
 @dataclass(eq=False)
 class FrozenProbe:
     """Read labels off frozen features: token by token, and off the embedding of each volume.
 
     From the tokens, a ridge regression predicts the share of each label in the token's patch. From a volume's
     embedding, the mean of its tokens, a ridge regression and the nearest neighbours predict how much of each label is
-    in the volume, or the class of the case. Penalties and numbers of neighbours are chosen on a part of the training
-    cases; the validation cases are looked at once, for the scores.
+    in the volume, or the class or number of the case. Penalties and numbers of neighbours are chosen on a part of the
+    training cases; the validation cases are looked at once, for the scores.
     """
 
     encode: Callable[[Tensor], Tensor]  # maps a volume (B, C, D, H, W) to features (B, C, D/P, H/P, W/P)
-    train_loader: Iterable[dict[str, Any]]  # batches of `image` and `label`, or of `image` and `class`
+    train_loader: Iterable[dict[str, Any]]  # batches of `image` and `label`, or of `image` and `case`
     val_loader: Iterable[dict[str, Any]]  # the same, of other cases
     num_labels: int  # besides background, numbered from 1
     patch_size: int  # P, in voxels
     path: str | Path  # of the report, JSON
     about: dict[str, Any]  # goes into the report
+    targets: Targets | None = None  # classes or numbers by case; none, or none of its values: label maps
 
     def run(self) -> dict[str, Any]:
         """Encode, fit, score, and write the report.
@@ -57,19 +77,23 @@ class FrozenProbe:
             The numbers of cases. Of the tokens, where there are label maps: ``r2``, the share of the variance that is
             explained, averaged over labels, its ``r2_standard_error``, ``r2_by_label``, and the ``penalty``. Of the
             ``embedding``: ``linear`` and ``neighbours``, the share of the variance explained, or with classes the
-            share classified rightly (``majority``: by the most frequent class alone); their ``penalty`` and ``k``.
+            share classified rightly (``majority``: by the most frequent class alone; ``linear_auroc``: how well they
+            are ranked, averaged over classes); their ``penalty`` and ``k``.
         """
         train, val = self._read(self.train_loader, "training"), self._read(self.val_loader, "validation")
         report = {**self.about, "training_cases": len(train[0]), "validation_cases": len(val[0])}
-        if has_classes := isinstance(train[1], list):
-            report["classes"] = names = sorted({*train[1], *val[1]})
-            train, val = ((x.mean(1), _one_hot(own, names)) for x, own in (train, val))
-            report["embedding"] = probe_embeddings(train, val, accuracy)
-            report["embedding"]["majority"] = accuracy(train[1].mean(0).expand_as(val[1]), val[1])
-        else:
+        if self.targets is None or not self.targets.values:
             report |= probe_tokens(train, val)
             train, val = ((x.mean(1), fractions.mean(1)) for x, fractions in (train, val))
             report["embedding"] = probe_embeddings(train, val, mean_r_squared)
+        else:
+            report["target"] = self.targets.about
+            train, val = ((x.mean(1), own) for x, own in (train, val))
+            if self.targets.classes:
+                report["embedding"] = probe_embeddings(train, val, accuracy, auroc=auroc)
+                report["embedding"]["majority"] = accuracy(train[1].mean(0).expand_as(val[1]), val[1])
+            else:
+                report["embedding"] = probe_embeddings(train, val, mean_r_squared)
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
@@ -77,21 +101,24 @@ class FrozenProbe:
         logger.info(
             "from the embeddings of %d cases: linear %.3f, %d nearest neighbours %.3f (%s)",
             *(len(val[0]), found["linear"], found["k"], found["neighbours"]),
-            "share classified rightly" if has_classes else "share of variance explained",
+            "share classified rightly" if "majority" in found else "share of variance explained",
         )
         return report
 
     @torch.no_grad()
-    def _read(self, loader: Iterable[dict[str, Any]], fold: str) -> tuple[Tensor, Tensor | list[str]]:
-        """Return features ``(cases, N, C)``, and label fractions ``(cases, N, labels)`` or the names of classes."""
-        features, fractions, classes = [], [], []
+    def _read(self, loader: Iterable[dict[str, Any]], fold: str) -> Cases:
+        """Return features ``(cases, N, C)``, and label fractions ``(cases, N, labels)``, or classes or numbers."""
+        features, found = [], []
         for batch in tqdm(loader, desc=f"encoding {fold} cases", leave=False, disable=None):
             features.append(self.encode(batch["image"]).float().flatten(2).mT.cpu())
-            if "class" in batch:
-                classes += map(str, batch["class"])
+            if self.targets is None or not self.targets.values:
+                found.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
             else:
-                fractions.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
-        return torch.cat(features), classes or torch.cat(fractions)
+                found.append(torch.tensor([[self.targets.values[case]] for case in batch["case"]]))
+        targets = torch.cat(found)
+        if self.targets is not None and self.targets.classes:
+            targets = F.one_hot(targets[:, 0].long(), len(self.targets.classes))
+        return torch.cat(features), targets.double()
 
 
 @dataclass(eq=False)
@@ -174,11 +201,15 @@ def probe_tokens(train: Cases, val: Cases) -> dict[str, Any]:
     return report
 
 
-def probe_embeddings(train: Cases, val: Cases, score: Score) -> dict[str, Any]:
-    """Predict from embeddings, by ridge regression and by the nearest neighbours; see :meth:`FrozenProbe.run`."""
+def probe_embeddings(train: Cases, val: Cases, score: Score, **others: Score) -> dict[str, Any]:
+    """Predict from embeddings, by ridge regression and by the nearest neighbours; see :meth:`FrozenProbe.run`.
+
+    The other scores are those of the ridge regression, and choose nothing.
+    """
     linear, penalty = fit_best(ridge, PENALTIES, train, val[0], score)
     neighbours, k = fit_best(nearest_neighbours, NEIGHBOURS, train, val[0], score)
-    return {"linear": score(linear, val[1]), "penalty": penalty, "neighbours": score(neighbours, val[1]), "k": k}
+    report = {"linear": score(linear, val[1]), "penalty": penalty, "neighbours": score(neighbours, val[1]), "k": k}
+    return report | {f"linear_{name}": other(linear, val[1]) for name, other in others.items()}
 
 
 def fit_best(
@@ -246,6 +277,12 @@ def mean_r_squared(prediction: Tensor, target: Tensor) -> float:
 def accuracy(prediction: Tensor, target: Tensor) -> float:
     """Share of the rows ``(cases, classes)`` whose largest entry is where the target's is."""
     return (prediction.argmax(dim=1) == target.argmax(dim=1)).double().mean().item()
+
+
+def auroc(prediction: Tensor, target: Tensor) -> float:
+    """Area under the ROC curve, averaged over the classes that some rows ``(cases, classes)`` have and others not."""
+    told = target.any(dim=0) & ~target.bool().all(dim=0)
+    return float(roc_auc_score(target[:, told].numpy(), prediction[:, told].numpy()))
 
 
 def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) -> float:

@@ -358,11 +358,22 @@ def test_probes_become_a_table_of_means(tmp_path):
         for most in (5, None)
         for seed in (0, 1)
     }
-    report_probes(tmp_path, probes)
+    report_probes(tmp_path, "probing", probes)
     table = (tmp_path / "probing.md").read_text()
     assert "| MONAI ViT-MAE, pre-trained | patches, linear | 0.200 ± 0.141 | 0.200 ± 0.141 |" in table
     assert "| embeddings, linear | 0.500 ± 0.000 |" in table
     assert "| embeddings, neighbours | 0.400 ± 0.000 |" in table
+
+
+def test_probes_of_classes_have_the_most_frequent_one_beside_them(tmp_path):
+    embedding = {"linear": 0.5, "neighbours": 0.4, "majority": 0.3, "linear_auroc": 0.9}
+    report_probes(tmp_path, "probing_sex", {("random", None, seed): {"embedding": embedding} for seed in (0, 1)})
+    table = (tmp_path / "probing_sex.md").read_text()
+    assert "| Share classified rightly | probe | all labels |" in table
+    for name, score in (("linear: AUROC", 0.9), ("linear", 0.5), ("neighbours", 0.4)):
+        assert f"| random weights | embeddings, {name} | {score:.3f} ± 0.000 |" in table
+    assert "| random weights | the most frequent class | 0.300 ± 0.000 |" in table
+    assert "patches" not in table
 
 
 def test_contestants_differ_in_weights_and_in_what_follows_from_them(tmp_path):
@@ -436,6 +447,13 @@ def test_the_search_is_one_seed_of_every_rate_with_the_middle_number_of_labels(e
     assert {(run.knobs["seed"], run.knobs["num_train_cases"]) for run in found} == {(0, 20)}
     assert len(found) == 5 * 3
     assert (experiments.folder / "classification_age.md").read_text().count("a guess that looks at nothing") == 1
+
+
+def test_fields_of_a_datalist_are_probed_beside_each_other(experiments, pretended):
+    experiments.probing(target=["sex", "age"])
+    assert Counter(run.folder.parent.name for run in pretended) == {"probing_sex": 2 * 9, "probing_age": 2 * 9}
+    assert {run.knobs["target"] for run in pretended} == {"sex", "age"}
+    assert (experiments.folder / "probing_age.md").exists()
 
 
 def test_the_user_says_who_takes_part(experiments, pretended):

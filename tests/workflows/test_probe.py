@@ -10,7 +10,7 @@ from conftest import ROOT, TINY_KNOBS, bundle, noise, started, tiny, write_volum
 
 from scripts.data import labelled
 from scripts.experiments.peers import ViTMAE
-from scripts.workflows import FewCasesProbe, FrozenProbe
+from scripts.workflows import FewCasesProbe, FrozenProbe, probed_targets
 from scripts.workflows.probe import accuracy, fit_best, label_fractions, nearest_neighbours, r_squared, ridge
 
 
@@ -62,8 +62,8 @@ def test_cases_without_labels_are_refused():
     assert (len(few), fewer) == (10, few[:5])  # the same few, whatever the order
     with pytest.raises(ValueError, match="none of the cases has a label"):
         labelled([{"case": "a"}])
-    with pytest.raises(ValueError, match=r"target is 'age' but must be one of \['label', 'class'\]"):
-        labelled([{"case": "a", "age": 3}], by="age")
+    with pytest.raises(ValueError, match="none of the 1 training cases has a age"):
+        probed_targets({"training": [{"case": "a"}], "validation": [{"case": "b"}]}, "age")
 
 
 @pytest.mark.slow
@@ -105,6 +105,22 @@ def test_the_probe_runs_on_a_decathlon_folder(tmp_path, mode, overlays, network)
     assert report["r2"] > 0.1
 
 
+@pytest.mark.slow
+def test_the_probe_runs_on_numbers_of_a_datalist_without_label_maps(tmp_path):
+    items = [{"image": write_volume(tmp_path / f"{n}.nii.gz", seed=n).name, "age": 20.5 + n} for n in range(14)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": items[:10], "validation": items[10:]}))
+    torch.save(tiny().state_dict(), tmp_path / "model.pt")
+    knobs = {name: value for name, value in TINY_KNOBS.items() if "epoch" not in name and name != "figure_interval"}
+    files = str([str(ROOT / "configs" / name) for name in ("train.yaml", "probe.yaml", "small.yaml")])
+    knobs |= {"dataset_dir": tmp_path, "pretrained": tmp_path / "model.pt", "output_dir": tmp_path / "out"}
+    result = bundle("run", "probe", "--config_file", files, **knobs, target="age")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert report["target"] == {"field": "age", "classes": []}
+    assert (report["training_cases"], report["validation_cases"]) == (10, 4)
+    assert set(report["embedding"]) == {"linear", "penalty", "neighbours", "k"}
+
+
 def test_a_label_that_is_nowhere_does_not_spoil_the_score():
     target = torch.stack([noise(40), torch.zeros(40)], dim=1)
     scores = r_squared(target + 0.1 * noise(40, 2, seed=1), target)
@@ -121,22 +137,44 @@ def test_the_nearest_neighbours_vote():
         assert prediction.flatten().tolist() == expected
 
 
+def probed_brightness(tmp_path, target):
+    """Probe bright and dark volumes for a field: brightness is a class, level a number; coin and lot are random."""
+
+    def fold(first):
+        numbers = range(first, first + 24)
+        drawn = np.random.default_rng(first)
+        return [{"case": str(n), "brightness": ("bright", "dark")[n % 2], "level": n % 12 + drawn.random() / 10,
+                 "coin": str(drawn.integers(2)), "lot": drawn.random()} for n in numbers]  # fmt: skip
+
+    def batches(cases):
+        for case in cases:
+            image = 0.1 * noise(1, 3, 8, 8, 8, seed=int(case["case"]))
+            image[:, 0] += case["brightness"] == "bright"
+            image[:, 1] += case["level"]
+            yield {"image": image, "case": [case["case"]]}
+
+    targets = probed_targets({"training": fold(0), "validation": fold(50)}, target)
+    train, val = batches(targets.training), batches(targets.validation)
+    return FrozenProbe(lambda image: image, train, val, 1, 1, tmp_path / "probe.json", {}, targets).run()
+
+
 def test_classes_are_read_off_the_embeddings(tmp_path):
-    def batches(first, classes):
-        for number in range(first, first + 12):
-            name = classes[number % 2]
-            image = noise(1, 1, 8, 8, 8, seed=number) + (2 if name == "bright" else 0)
-            yield {"image": image, "class": [name]}
-
-    def probe(classes):
-        train, val = (list(batches(first, classes)) for first in (0, 50))
-        return FrozenProbe(lambda image: image, train, val, 1, 1, tmp_path / "probe.json", {}).run()
-
-    told = probe(["bright", "dark"])
-    assert told["classes"] == ["bright", "dark"]
-    assert told["embedding"]["linear"] == told["embedding"]["neighbours"] == 1.0
+    told = probed_brightness(tmp_path, "brightness")
+    assert told["target"] == {"field": "brightness", "classes": ["bright", "dark"]}
+    assert told["embedding"]["linear"] == told["embedding"]["linear_auroc"] == 1.0
     assert told["embedding"]["majority"] == 0.5
-    assert probe(["heads", "tails"])["embedding"]["linear"] < 1.0
+    guessed = probed_brightness(tmp_path, "coin")["embedding"]
+    assert guessed["linear"] < 0.9
+    assert guessed["linear_auroc"] < 0.9
+
+
+def test_numbers_are_read_off_the_embeddings(tmp_path):
+    told = probed_brightness(tmp_path, "level")
+    assert told["target"] == {"field": "level", "classes": []}
+    assert told["embedding"]["linear"] > 0.99
+    assert told["embedding"]["neighbours"] > 0.8
+    assert "majority" not in told["embedding"]
+    assert probed_brightness(tmp_path, "lot")["embedding"]["linear"] < 0.5
 
 
 def test_the_setting_is_chosen_on_every_fourth_training_case_and_the_penalty_is_relative_to_the_rows():

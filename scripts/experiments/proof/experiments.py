@@ -113,21 +113,31 @@ class Proof:
         folds = {fold: labelled(cases) for fold, cases in self.folds.items()}
         self._compare("tuning", STEMS, states, folds, labels)
 
-    def probing(self) -> None:
-        """Read the labels off frozen features, of each patch and of each volume's embedding."""
-        weights, runs = self._weights(), {}
-        shared = {"num_workers": 0, **carried(weights["pretrained"]), **self._label_knobs(), **self.knobs}
+    def probing(self, target: Sequence[str] | str = "label") -> None:
+        """Read the labels off frozen features, of each patch and of each volume's embedding.
+
+        Args:
+            target: ``label``, the label maps, or a field of the datalist, a class or a number; or several.
+        """
+        for field in ensure_tuple(target):
+            self._probe(field)
+
+    def _probe(self, target: str) -> None:
+        of_maps, weights, runs = target == "label", self._weights(), {}
+        place = "probing" if of_maps else f"probing_{target}"
+        shared = {"num_workers": 0, "target": target, **carried(weights["pretrained"]), **self.knobs}
+        shared |= self._label_knobs() if of_maps else {}
         for seed in self.seeds:
             weights["random"] = self.folder / "probing" / f"random_{seed}.pt"
             save(_fresh_network(shared, seed), weights["random"])
             for most, (name, path) in product(self.num_labelled, weights.items()):
                 knobs = {"dataset_dir": self.dataset_dir, "num_train_cases": most, "seed": seed}
-                folder = self.folder / "probing" / f"{name}_{most or 'all'}_{seed}"
+                folder = self.folder / place / f"{name}_{most or 'all'}_{seed}"
                 knobs = {**shared, **knobs, "pretrained": str(path)}
                 runs[name, most, seed] = Run(folder, "probe", knobs, PROBED[name].overlays)
         execute(list(runs.values()), self.jobs)
         probes = {key: json.loads((run.folder / "probe.json").read_text()) for key, run in runs.items()}
-        report_probes(self.folder, probes)
+        report_probes(self.folder, place, probes)
 
     def convergence(
         self, overlays: Sequence[str] | str = "small.yaml", epochs: int = 200, selection_epochs: int = 50

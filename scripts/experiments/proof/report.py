@@ -161,27 +161,37 @@ def _sentence(most: int | None, comparison: Comparison, rows: Sequence[Record], 
     return f"{head} pre-training gains {value} ± {half} {measure.unit}; {more} would do the same."
 
 
-def report_probes(folder: Path, probes: ByRun) -> None:
-    """Write the means over the seeds to ``probing.json``, and as a table to ``.md``."""
+def report_probes(folder: Path, name: str, probes: ByRun) -> None:
+    """Write the means over the seeds to ``NAME.json``, and as a table to ``.md``.
+
+    Of label maps and numbers it is the share of the variance that is explained; of classes the AUROC of the
+    linear map and the share that the neighbours classify rightly.
+    """
     contestants, counts, seeds = _axes(probes)
+    (about, *_), measure = probes.values(), "share of the variance explained"
     readers = {
-        "patches, linear": lambda probe: probe["r2"],
         "embeddings, linear": lambda probe: probe["embedding"]["linear"],
         "embeddings, neighbours": lambda probe: probe["embedding"]["neighbours"],
     }
+    if "r2" in about:
+        readers = {"patches, linear": lambda probe: probe["r2"]} | readers
+    if "majority" in about["embedding"]:
+        measure = "share classified rightly"
+        readers = {"embeddings, linear: AUROC": lambda probe: probe["embedding"]["linear_auroc"]} | readers
+        readers |= {"the most frequent class": lambda probe: probe["embedding"]["majority"]}
     rows = []
     for contestant, (title, read) in product(contestants, readers.items()):
         by_count = [[read(probes[contestant, most, seed]) for seed in seeds] for most in counts]
-        rows.append({"contestant": contestant, "probe": title, "r2_by_seed": by_count})
+        rows.append({"contestant": contestant, "probe": title, "score_by_seed": by_count})
 
     def cell(values: Sequence[float]) -> str:
         return f"{statistics.mean(values):.3f}" + (f" ± {_deviation(values):.3f}" if len(values) > 1 else "")
 
     lines = markdown_table(
-        " | ".join(["Share of the variance explained", "probe", *_labels(counts)]),
-        (" | ".join([PROBED[row["contestant"]].title, row["probe"], *map(cell, row["r2_by_seed"])]) for row in rows),
+        " | ".join([measure.capitalize(), "probe", *_labels(counts)]),
+        (" | ".join([PROBED[row["contestant"]].title, row["probe"], *map(cell, row["score_by_seed"])]) for row in rows),
     )
-    write_report(folder, "probing", {"rows": rows, "num_labelled": counts}, lines)
+    write_report(folder, name, {"rows": rows, "num_labelled": counts}, lines)
 
 
 def _summed_up(its: Sequence[Record], rate: float, seconds: float) -> str:
