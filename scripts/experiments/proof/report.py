@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from ..reporting import figure, markdown_table, write_report
 from .contestants import PRETRAINED, PRETRAININGS, PROBED, Measure
@@ -242,7 +243,6 @@ def _by_rate(selection: Mapping[tuple[str, float], Sequence[float]], digits: int
 
 
 def _plot_curves(path: Path, curves: Curves, seconds: Mapping[str, float], goal: float) -> None:
-    ticks = [0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4]
     _, first = next(iter(curves))
     with figure(path, ncols=2, figsize=(9.5, 3.6), sharey=True) as (_, axes):
         for axis, label in zip(axes, ("epochs", "minutes of training"), strict=True):
@@ -253,8 +253,9 @@ def _plot_curves(path: Path, curves: Curves, seconds: Mapping[str, float], goal:
                 axis.plot([scale * r["epoch"] for r in curve], [r["val_mse"] for r in curve], **style)
             axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
             axis.set(xlabel=label, yscale="log")
-            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+            axis.yaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel("masked MSE, validation volumes")
         axes[0].legend()
 
