@@ -23,12 +23,12 @@ pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 
-def gpu_trainer(network, precision="bf16", epochs=1, length=8, **settings):
+def gpu_trainer(network, precision="bf16", epochs=1, length=8, data=None, **settings):
     network = network.to(DEVICE)
     return MAETrainer(
         device=torch.device(DEVICE),
         max_epochs=epochs,
-        train_data_loader=torch.utils.data.DataLoader(Volumes(length), batch_size=2, pin_memory=ON_GPU),
+        train_data_loader=torch.utils.data.DataLoader(data or Volumes(length), batch_size=2, pin_memory=ON_GPU),
         network=network,
         optimizer=torch.optim.AdamW(network.parameters(), 1e-3, fused=True),
         inferer=AutocastInferer(precision, DEVICE),
@@ -48,6 +48,7 @@ def weights(network):
 def test_a_device_trains_as_the_cpu_does_in_float32(precision):
     ours, theirs = tiny(), tiny()
     theirs.load_state_dict(ours.state_dict())
+    start = weights(ours)
     gpu_trainer(ours, precision).run()
     cpu = gpu_trainer(theirs, "fp32")
     cpu.network.to("cpu")
@@ -55,8 +56,9 @@ def test_a_device_trains_as_the_cpu_does_in_float32(precision):
     cpu.inferer = AutocastInferer("fp32", "cpu")
     cpu.optimizer = torch.optim.AdamW(theirs.parameters(), 1e-3)
     cpu.run()
-    # The scaler of half precision may leave out a step while it finds its scale.
-    assert (weights(ours) - weights(theirs)).norm() / weights(theirs).norm() < (3e-2 if precision == "fp16" else 1e-2)
+    moved, apart = (weights(theirs) - start).norm(), (weights(ours) - weights(theirs)).norm()
+    # The scaler of half precision may leave out a step while it finds its scale; Adam makes much of small gradients.
+    assert apart < (0.7 if precision == "fp16" else 0.3) * moved
 
 
 @pytest.mark.skipif(not can_compile(DEVICE), reason="no compiler")
@@ -110,9 +112,11 @@ def test_no_step_waits_for_the_gpu():
 
 @needs_gpu
 def test_too_little_memory_of_a_gpu_ends_the_run_with_what_would_do():
-    engine = gpu_trainer(tiny(img_size=(128, 128, 128)))
-    free, _ = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / free)
+    volume = {"image": noise(1, 128, 128, 128), "case": "large", "seed": 0}
+    engine = gpu_trainer(tiny(img_size=(128, 128, 128)), data=[volume, volume])
+    torch.cuda.empty_cache()  # what earlier tests have left would do for a step
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
     try:
         with pytest.raises(Mistake, match=r"out of memory on cuda .* lower batch_size and raise accumulation_steps"):
             engine.run()

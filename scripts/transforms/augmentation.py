@@ -66,7 +66,7 @@ class Augmentation:
                 items = ({key: volumes[place] for key, volumes in batch.items()} for place in range(len(seeds)))
                 changed = [_plain(self._seeded(transform, seed)(item)) for seed, item in zip(seeds, items, strict=True)]
                 batch = {key: torch.stack([item[key] for item in changed]) for key in changed[0]}
-        return batch
+        return _plain(batch)
 
     def _seeded(self, transform: Callable, seed: int) -> Callable:
         """Seed a transform, if it is random, by the draw and by its place among the random ones."""

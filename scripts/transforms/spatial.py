@@ -128,5 +128,11 @@ class RandTurnd(RandBatchd):
         affine = torch.as_tensor(np.stack(affines))
         # What MONAI calls zero-centred without aligned corners is what torch calls aligned corners.
         affine = to_norm_affine(affine, volumes.shape[2:], self.spatial_size, zero_centered=True)[:, :3]
-        theta = torch.cat([affine[:, :, :3].flip(1, 2), affine[:, :, 3:].flip(1)], dim=2).float()
-        return F.affine_grid(send(theta, volumes.device), [len(affines), 1, *self.spatial_size], align_corners=True)
+        theta = torch.cat([affine[:, :, :3].flip(1), affine[:, :, 3:].flip(1)], dim=2).float()
+        theta = send(theta, volumes.device)[:, None]
+        # Sums of what each axis adds: torch's affine_grid is a product of matrices, which TF32 rounds.
+        depth, height, width = (
+            (torch.arange(side, device=volumes.device) * 2 + 1 - side)[:, None] / max(side - 1, 1) * theta[..., axis]
+            for axis, side in enumerate(self.spatial_size)
+        )
+        return (depth + theta[..., 3])[:, :, None, None] + height[:, None, :, None] + width[:, None, None]

@@ -28,7 +28,7 @@ def test_a_step_that_fails_or_takes_too_long_costs_no_other(tmp_path, monkeypatc
     assert time.monotonic() - start < 60
     found = rows(tmp_path / "out")
     assert [row["outcome"] for row in found.values()] == [
-        *("done", "failed with 3, see bad/log.txt", "stopped after 2 s", "done"),
+        *("done", "failed with 3, see bad/log.txt", "stopped after 2 s, see slow/log.txt", "done"),
     ]
     assert found["good"]["tables"] == ["good/good.md"]
     assert "why" in (tmp_path / "out" / "bad" / "log.txt").read_text()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import math
 import multiprocessing
 import os
@@ -180,7 +181,8 @@ def _measure(
     seconds, rates = _take_turns(tasks, device, repeats, f"{shape[-1]}³, batch {shape[0]}")
     del model, its_tasks, tasks, volume
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the processes that measure memory
+        gc.collect()
+        torch.cuda.empty_cache()
     peaks = {(c, name): peak for c in contestants for name, peak in _peak_memory(c, network, shape, device).items()}
     rows = []
     for (contestant, name), measured in seconds.items():
@@ -255,11 +257,13 @@ def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _peak_memory(*arguments: Any) -> dict[str, int | None]:
-    """Measure what each task needs, in bytes, over what a process of its own held before it built the network.
+    """Measure what each task needs, in bytes, over what the process held before it built the network.
 
-    On the CPU the process gives freed memory back at once, so that its size is what is in use, as it is counted on a
-    GPU. Left to itself, the C library keeps some for later.
+    On the CPU it is a process of its own that gives freed memory back at once, so that its size is what is in use, as
+    it is counted on a GPU. Left to itself, the C library keeps some for later.
     """
+    if arguments[-1].type == "cuda":
+        return _peak_memory_here(*arguments)
     with (
         mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}),
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,  # which notices when it is killed
@@ -271,7 +275,7 @@ def _peak_memory_here(
     contestant: Contestant, network: str, shape: Sequence[int], device: torch.device
 ) -> dict[str, int | None]:
     on_cpu, peaks = device.type == "cpu", {}
-    before = _resident("VmRSS") if on_cpu else 0
+    before = _resident("VmRSS") if on_cpu else torch.cuda.memory_allocated(device)
     _, tasks = contestant.prepare(network, torch.rand(shape).to(device))
     for name in reversed(tasks):  # the training step, which leaves gradients behind, last
         if not on_cpu:

@@ -3,11 +3,12 @@
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine
 from ignite.handlers import BasicTimeProfiler
 from monai.bundle import ConfigWorkflow
 from torch import Tensor
@@ -70,10 +71,22 @@ def time_training(config_file: Sequence[str], epochs: int, **knobs: Any) -> tupl
         trainer = workflow.parser.get_parsed_content("train::trainer")
         profiler = BasicTimeProfiler()
         profiler.attach(trainer)
+        trainer._process_function = _synchronised(trainer._process_function)
         workflow.run()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the workflow took for itself
     kept = slice(trainer.state.epoch_length, None)
     return workflow, profiler.dataflow_times[kept], profiler.processing_times[kept]
+
+
+def _synchronised(step: Callable[[Engine, Any], Any]) -> Callable[[Engine, Any], Any]:
+    """Let a step end when the device has done it: a GPU's would end when it is asked for, and the rest be waiting."""
+
+    def done(engine: Engine, batch: Any) -> Any:
+        output = step(engine, batch)
+        torch.get_device_module(engine.state.device).synchronize(engine.state.device)
+        return output
+
+    return done
 
 
 def _time_transforms(workflow: ConfigWorkflow, volumes: int = 16) -> dict[str, float]:

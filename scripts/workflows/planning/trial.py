@@ -22,7 +22,7 @@ from ...weights import bundle_root
 
 __all__ = ["Trial", "bundle_command", "places", "run_and_measure", "try_training"]
 
-ITERATIONS, EPOCHS = 8, 3  # the last epoch alone is validated
+ITERATIONS, EPOCHS = 8, 4  # every second one validated: the first time a GPU compiles for it
 TRAINED, VALIDATED = 8, 2  # volumes
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
 OUT_OF_MEMORY += ("killed by signal", "exited unexpectedly")  # a worker of the data loader
@@ -53,7 +53,7 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
         datalist.write_text(json.dumps({"training": items[held_out:], "validation": items[:held_out]}))
         configs = [str(bundle_root() / "configs" / "train.yaml"), str(overlay)]
         knobs = {"dataset_dir": datalist, "output_dir": Path(folder, "run"), "max_epochs": EPOCHS}
-        knobs |= {"iterations_per_epoch": ITERATIONS, "val_interval": EPOCHS, "num_figure_volumes": 0}
+        knobs |= {"iterations_per_epoch": ITERATIONS, "val_interval": 2, "num_figure_volumes": 0}
         # The list of these cases says the rest.
         knobs |= {"warmup_epochs": 1, "device": device, "contrasts": "null", "group_by": "null"}
         command = bundle_command("training", configs, knobs)
@@ -63,8 +63,8 @@ def try_training(overlay: Path, cases: Sequence[Case], device: str) -> Trial | N
     seconds = [float(value) for value in re.findall(rf"epoch \d/{EPOCHS}  .*  ([\d.]+) s$", output, re.MULTILINE)]
     if code or len(seconds) < EPOCHS:
         raise Mistake(f"the training that was tried ended with status {code}:\n{output[-2000:]}")
-    validation = max(0.0, seconds[2] - seconds[1]) / held_out
-    return Trial(seconds[1] / ITERATIONS, validation, memory, device_memory)
+    validation = max(0.0, seconds[3] - seconds[2]) / held_out
+    return Trial(seconds[2] / ITERATIONS, validation, memory, device_memory)
 
 
 def bundle_command(run_id: str, configs: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
