@@ -64,6 +64,7 @@ FROM_ONE = (
     *("accumulation_steps", "batch_size", "decoder_embed_dim", "early_stop_patience", "encoder_depth"),
     *("encoder_embed_dim", "encoder_num_heads", "feature_size", "figure_interval", "img_size", "in_chans"),
     *("discriminant_draws", "iterations_per_epoch", "max_epochs", "max_voxels", "monitor_interval", "monitor_volumes"),
+    "start_volumes",
     *("num_train_cases", "stem_base_dim", "swin_window_size", "val_interval", "window_batch"),
 )
 # Every number has one; a list's is that of its entries.
@@ -101,7 +102,15 @@ EXAMPLES: dict[str, Any] = {
     "strict_stem": True,
 }
 # May be null although a config gives them a value.
-OPTIONAL = ("clip_norm", "discriminant_draws", "index", "iterations_per_epoch", "monitor_interval", "spacing")
+OPTIONAL = (
+    "clip_norm",
+    "discriminant_draws",
+    "index",
+    "iterations_per_epoch",
+    "monitor_interval",
+    "spacing",
+    "start_volumes",
+)
 # Lists of numbers that may have any length; all others have that of the config's own.
 FREE_LENGTH = ("flip_axes",)
 

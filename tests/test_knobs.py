@@ -34,6 +34,7 @@ def test_the_knobs_of_all_workflows_are_here():
     assert {name for name, _ in NULLABLE} == {
         *("dataset_dir", "pretrained", "strict_stem", "num_train_cases", "group_by"),
         *("spacing", "iterations_per_epoch", "clip_norm", "discriminant_draws", "index", "monitor_interval"),
+        "start_volumes",
     }
 
 

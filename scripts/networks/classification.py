@@ -52,9 +52,12 @@ class ClassificationNetwork(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Map ``(B, in_chans, *img_size)`` to logits, or to a number in its unit, ``(B, K)``."""
+        return self.head(self.embed(volume)).float() * self.deviation + self.mean
+
+    def embed(self, volume: Tensor) -> Tensor:
+        """Map ``(B, in_chans, *img_size)`` to what the head reads, ``(B, C)``."""
         tokens = self.encoder(volume).flatten(2).mT  # (B, N, C)
-        pooled = tokens.mean(dim=1) if self.pooling is None else self.pooling(tokens)
-        return self.head(self.norm(pooled)).float() * self.deviation + self.mean
+        return self.norm(tokens.mean(dim=1) if self.pooling is None else self.pooling(tokens))
 
     def __prepare_scriptable__(self) -> nn.Module:
         return recorded(self, (self.encoder.in_chans, *self.encoder.img_size))

@@ -2,7 +2,6 @@
 
 # flake8: noqa: F403 (the public names are those in the `__all__` of each module)
 from .classification import *
-from .discriminant import *
 from .embedding import *
 from .features import *
 from .federated import *
@@ -10,4 +9,5 @@ from .finished import *
 from .planning import *
 from .probe import *
 from .segmentation import *
+from .starts import *
 from .stem_tuning import *

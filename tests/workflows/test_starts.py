@@ -1,5 +1,6 @@
-"""Promises of the start by starts in closed form: they say what the features tell, before any step, and once."""
+"""Promises of starts in closed form: they say what the features tell, before any step, and once."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, noise
@@ -8,9 +9,10 @@ from monai.engines import PrepareBatchExtraInput
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from scripts import BertsWinEncoder
-from scripts.engines import LogitsInferer
-from scripts.networks import SegmentationNetwork
-from scripts.workflows import DiscriminantStart, discriminants
+from scripts.data import read_targets
+from scripts.engines import LogitsInferer, MeanWindowInferer
+from scripts.networks import ClassificationNetwork, SegmentationNetwork
+from scripts.workflows import DiscriminantStart, EmbeddingStart, PrepareTargetBatch, discriminants, linear_head
 
 ENCODER = {name: value for name, value in TINY.items() if name not in ("decoder_embed_dim", "mask_ratio")}
 
@@ -101,3 +103,81 @@ def test_features_that_say_nothing_leave_the_map_at_zero(halves, caplog):
         torch.nn.init.constant_(parameter, torch.nan)
     assert not started(silent, [halves]).token_head.expand.weight.any()
     assert "no linear map can be fitted" in caplog.text
+
+
+def test_two_classes_have_the_logits_of_scikit_learn_and_more_of_them_its_probabilities():
+    tokens, classes = (values.numpy() for values in normal_tokens(600))
+    for kept in (classes < 2, classes < 3):
+        x, y, outputs = tokens[kept], classes[kept], classes[kept].max() + 1
+        weight, bias = linear_head(x, y, np.arange(len(x)), outputs, balanced=False)
+        logits = torch.from_numpy(x @ weight.T + bias)
+        scaled = (x - x.mean(axis=0)) / x.std(axis=0)
+        expected = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(scaled, y).predict_proba(scaled)
+        assert np.allclose(logits.softmax(dim=1).numpy(), expected, atol=1e-6)
+
+
+def test_a_class_that_no_case_has_is_the_least_likely_of_all():
+    tokens, classes = (values.numpy() for values in normal_tokens(300))
+    weight, bias = linear_head(tokens, 2 * classes, np.arange(300), 6, balanced=True)
+    assert set((tokens @ weight.T + bias).argmax(axis=1)) == {0, 2, 4}
+
+
+def test_the_penalty_of_a_number_is_chosen_by_other_cases_than_those_it_is_fitted_to():
+    random = np.random.default_rng(0)
+    cases = np.repeat(np.arange(30), 10)  # ten windows each, which know their case, and nothing of its number
+    x = random.normal(size=(30, 100))[cases] + 0.01 * random.normal(size=(300, 100))
+    weight, bias = linear_head(x, random.normal(size=30)[cases], cases, 1, balanced=True)
+    assert np.abs(x @ weight.T + bias).max() < 0.7
+    known = x @ random.normal(size=100)
+    weight, bias = linear_head(x, known, np.arange(300), 1, balanced=True)
+    assert np.corrcoef((x @ weight.T + bias)[:, 0], known)[0, 1] > 0.99
+
+
+def bright(numbers):
+    """Volumes, larger than a window, that are the brighter the larger their number."""
+    return [noise(1, 1, 40, 32, 32, seed=place) / 4 + n for place, n in enumerate(numbers)]
+
+
+def head_started(numbers, values, pooling="mean", iteration=0):
+    cases = [{"case": str(place), "brightness": value} for place, value in enumerate(values)]
+    targets = read_targets({"training": cases, "validation": cases}, "brightness")
+    torch.manual_seed(0)
+    outputs = len(targets.classes) or 1
+    made = ClassificationNetwork(BertsWinEncoder(**ENCODER), outputs, pooling, targets.mean, targets.deviation)
+    engine = Engine(lambda *_: None)
+    engine.state.device, engine.state.iteration = torch.device("cpu"), iteration
+    batches = [{"image": volume, "case": [str(place)]} for place, volume in enumerate(bright(numbers))]
+    inferer = MeanWindowInferer((32, 32, 32), 0.5, 2, "fp32", "cpu")
+    start = EmbeddingStart(made, batches, PrepareTargetBatch(targets), inferer, balanced=True)
+    start.attach(engine)
+    if engine.has_event_handler(start.start):
+        start.start(engine)
+    return made.eval(), inferer
+
+
+def test_a_head_tells_classes_before_its_first_step():
+    numbers = [0.0, 1.0] * 6
+    made, inferer = head_started(numbers, ["dark", "bright"] * 6)
+    found = [inferer(volume, made).argmax().item() for volume in bright([0.05, 0.95])]
+    assert found == [1, 0]  # in the order of their names
+
+
+def test_a_head_tells_numbers_before_its_first_step_in_their_unit():
+    numbers = np.linspace(0, 1, 12)
+    made, inferer = head_started(numbers, 50 + 40 * numbers)
+    found = [inferer(volume, made).item() for volume in bright([0.25, 0.75])]
+    assert found == pytest.approx([60, 80], abs=4)
+
+
+@pytest.mark.parametrize("kept", [{"iteration": 5}, {"pooling": "attention"}], ids=["goes on", "attention"])
+def test_a_head_that_goes_on_or_learns_to_pool_stays(kept):
+    made, _ = head_started([0.0, 1.0] * 3, ["dark", "bright"] * 3, **kept)
+    torch.manual_seed(0)
+    fresh = ClassificationNetwork(BertsWinEncoder(**ENCODER), 2, kept.get("pooling", "mean"))
+    assert torch.equal(made.head.weight, fresh.head.weight)
+
+
+def test_a_head_over_features_that_are_not_finite_starts_at_random(caplog):
+    made, _ = head_started([0.0, torch.inf] * 3, ["dark", "bright"] * 3)
+    assert torch.isfinite(made.head.weight).all()
+    assert "the head starts at random" in caplog.text

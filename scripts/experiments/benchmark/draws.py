@@ -60,7 +60,7 @@ def draws(
             share = max(0.0, 1 - rate * step_seconds)
             waiting.append(f"{place} | {count} | {rate:.1f} | {share:.0%}")
     lines = [
-        f"Each stage of a draw, on one core of {machine('cpu')['device']}; the device is {report['machine']['device']}:\n",
+        f"Each stage of a draw, on one core of {machine('cpu')['device']}; device: {report['machine']['device']}:\n",
         *markdown_table("crop | stage | time", stages),
         f"\nWhat so many cores load, and how much of its time a GPU waits that takes {step_seconds} s a volume:\n",
         *markdown_table("crop | cores | volumes/s | waiting", waiting),
