@@ -80,16 +80,12 @@ class MeanWindowInferer(LogitsInferer):
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(B, C, D, H, W)`` to ``(B, K)``, the mean over windows."""
-        return self.each(inputs, network, *args, **kwargs).mean(dim=0)
-
-    def each(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(B, C, D, H, W)`` to what the network says of each window, ``(windows, B, K)``."""
         places = dense_patch_slices(inputs.shape[2:], self.window_size, self.steps)
         answers = []
         for first in range(0, len(places), self.batch_size):
             windows = [inputs[(..., *place)] for place in places[first : first + self.batch_size]]
             answers.append(super().__call__(torch.cat(windows), network, *args, **kwargs))
-        return torch.cat(answers).unflatten(0, (len(places), -1))  # window by window
+        return torch.cat(answers).unflatten(0, (len(places), -1)).mean(dim=0)  # window by window
 
 
 class WindowInferer(SlidingWindowInferer):

@@ -12,8 +12,7 @@ from monai.engines import PrepareBatch
 from monai.networks import one_hot
 from monai.networks.utils import eval_mode
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -83,11 +82,11 @@ class DiscriminantStart:
 
 @dataclass(eq=False)
 class EmbeddingStart:
-    """Before the first step, fit the head of a classification network to the embeddings of windows of whole volumes.
+    """Before the first step, fit the head of a classification network to the embeddings of whole volumes.
 
-    As :class:`DiscriminantStart`, for a class or a number of each volume. Windows are what the head will learn from and
-    predict by: one that is fitted to means over windows does worse than a guess on each of them. Attach to the trainer
-    behind what resumes a run: a run that goes on keeps its head, and so does one whose pooling has to be learned first.
+    As :class:`DiscriminantStart`, for a class or a number of each volume. A volume's embedding is the mean over its
+    windows, as its prediction is. Attach to the trainer behind what resumes a run: a run that goes on keeps its head,
+    and so does one whose pooling has to be learned first.
     """
 
     network: nn.Module
@@ -107,38 +106,35 @@ class EmbeddingStart:
         """Fit, and fill the head, unless the run goes on."""
         if engine.state.iteration:
             return
-        embeddings, targets, cases = [], [], []
+        embeddings, targets = [], []
         with eval_mode(self.network):
-            for case, batch in enumerate(self.volumes):
+            for batch in self.volumes:
                 volume, target = self.prepare_batch(batch, engine.state.device)[:2]
-                found = self.inferer.each(volume, self.network.embed).flatten(0, 1).cpu()
-                embeddings.append(found)
-                targets.append(target.flatten().cpu().expand(len(found)))
-                cases += [case] * len(found)
+                embeddings.append(self.inferer(volume, self.network.embed).cpu())
+                targets.append(target.flatten().cpu())
         x, y = torch.cat(embeddings).double().numpy(), torch.cat(targets).numpy()
         if not np.isfinite(x).all() or len(np.unique(y)) < 2:
             logger.warning("the head starts at random: the features of this encoder are not finite, or all cases alike")
             return
         mean, deviation = self.network.mean.item(), self.network.deviation.item()
         y = y if self.network.head.out_features > 1 else (y - mean) / deviation
-        weight, bias = linear_head(x, y, np.array(cases), self.network.head.out_features, self.balanced)
+        weight, bias = linear_head(x, y, self.network.head.out_features, self.balanced)
         self.network.head.weight.copy_(torch.from_numpy(weight))
         self.network.head.bias.copy_(torch.from_numpy(bias))
-        logger.info("the head starts from a linear map, fitted to %d windows of %d volumes", len(x), len(embeddings))
+        logger.info("the head starts from a linear map, fitted to %d volumes", len(x))
 
 
 def linear_head(
-    embeddings: np.ndarray, targets: np.ndarray, cases: np.ndarray, outputs: int, balanced: bool
+    embeddings: np.ndarray, targets: np.ndarray, outputs: int, balanced: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fit logits, or a number, that are linear in embeddings ``(rows, C)``.
+    """Fit logits, or a number, that are linear in embeddings ``(cases, C)``.
 
     Classes by linear discriminant analysis, its covariance shrunk as Ledoit and Wolf do; a number by ridge regression,
-    with the penalty that predicts cases best from others. Features are standardised.
+    with the penalty that predicts each case best from the others. Features are standardised.
 
     Args:
-        embeddings: of windows.
-        targets: places of their classes, or numbers, ``(rows,)``.
-        cases: which rows belong together, ``(rows,)``.
+        embeddings: of the cases.
+        targets: places of their classes, or numbers, ``(cases,)``.
         outputs: classes, or 1 for a number.
         balanced: classes are equally likely beforehand.
 
@@ -148,9 +144,7 @@ def linear_head(
     scaler = StandardScaler().fit(embeddings)
     x = scaler.transform(embeddings)
     if outputs == 1:
-        folds = GroupKFold(min(5, len(np.unique(cases))))
-        search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, cv=folds, scoring="neg_mean_squared_error")
-        found = search.fit(x, targets, groups=cases).best_estimator_
+        found = RidgeCV(PENALTIES).fit(x, targets)
         weight, bias = found.coef_[None], np.array([found.intercept_])
     else:
         places = np.unique(targets)
