@@ -22,7 +22,7 @@ from xml.etree import ElementTree as ET
 import torch
 
 from ..mistakes import Mistake, command
-from .benchmark.networks import machine
+from .benchmark.networks import STEP, machine
 from .reporting import markdown_table, write_report
 
 __all__ = ["gpu"]
@@ -144,6 +144,20 @@ def _figures(place: Path) -> dict[str, Any]:
     if (place / "metrics.jsonl").exists():
         last = json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])
         found["figures"] = f"epoch {last['epoch']}, val_unexplained {last['val_unexplained']:.3f}"
+    if (place / "networks.json").exists():
+        rows = json.loads((place / "networks.json").read_text())["rows"]
+        fitting = [row for row in rows if row["form"] == "bertswin" and row["task"] == STEP and row["of_matrix_rate"]]
+        if fitting:
+            best = max(fitting, key=lambda row: row["of_matrix_rate"])
+            found["figures"] = (
+                f"{best['contestant']}, {best['batch_size']} of {best['img_size']}³: a step takes "
+                f"{best['of_plain']:.2f} of plain eager alike, {best['of_matrix_rate']:.0%} of the matrix rate"
+            )
+    if (place / "draws.json").exists():
+        rows = json.loads((place / "draws.json").read_text())["rows"]
+        found["figures"] = ", ".join(
+            f"{row['img_size']}³: {row['worker_seconds']:.3f} s" for row in rows if row["device"]
+        )
     if (place / "data.json").exists():
         rows = json.loads((place / "data.json").read_text())["rows"]
         found["figures"] = ", ".join(f"cache {row['cache']}: waits {row['waiting_share']:.1%}" for row in rows)

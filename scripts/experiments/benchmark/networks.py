@@ -187,18 +187,23 @@ def _measure(
     rows = []
     for (contestant, name), measured in seconds.items():
         arithmetic, rate = flops.get((contestant.form, name)), rates[contestant.precision]
-        against, median = seconds[REFERENCE, name], _finite(statistics.median(measured))
+        against, alike = (seconds[Contestant("plain", p), name] for p in ("fp32", contestant.precision))
+        median = _finite(statistics.median(measured))
         peak, plain_peak = peaks[contestant, name], peaks[REFERENCE, name]
         row = {"contestant": str(contestant), **asdict(contestant), "task": name}
         row |= {"img_size": shape[-1], "batch_size": shape[0], "parameters": parameters[contestant]}
         # What does not fit in memory has no time, and no share of anything.
         row |= {"seconds": median, "fastest": _finite(min(measured)), "slowest": _finite(max(measured))}
-        row["of_plain_fp32"] = _finite(statistics.median(a / b for a, b in zip(measured, against, strict=True)))
+        row["of_plain_fp32"], row["of_plain"] = (_share(measured, others) for others in (against, alike))
         row |= {"flops": arithmetic, "matrix_flops_per_second": rate}
         row["of_matrix_rate"] = arithmetic / median / rate if arithmetic and median else None
         row |= {"peak_bytes": peak, "memory_of_plain_fp32": peak / plain_peak if peak and plain_peak else None}
         rows.append(row)
     return rows
+
+
+def _share(measured: Sequence[float], others: Sequence[float]) -> float | None:
+    return _finite(statistics.median(a / b for a, b in zip(measured, others, strict=True)))
 
 
 def _finite(value: float) -> float | None:
@@ -309,13 +314,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         cells.append(
             f"{row['batch_size']} of {row['img_size']}³ | {row['task']} | {row['contestant']} "
             f"| {row['parameters'] / 1e6:.1f} M | {_shown(row['flops'], '.3g', 1e12)} "
-            f"| {seconds} ({fastest} to {slowest}) | {_shown(row['of_plain_fp32'])} "
+            f"| {seconds} ({fastest} to {slowest}) | {_shown(row['of_plain_fp32'])} | {_shown(row['of_plain'])} "
             f"| {_shown(row['of_matrix_rate'], '.0%')} | {_shown(row['peak_bytes'], unit=1e9)} GB "
             f"| {_shown(row['memory_of_plain_fp32'])}"
         )
     head = (
         "size | task | contestant | parameters | TFLOP | seconds (fastest to slowest) | time of plain fp32 "
-        "| of matrix rate | peak memory | memory of plain fp32"
+        "| of plain alike | of matrix rate | peak memory | memory of plain fp32"
     )
     return markdown_table(head, cells)
 
