@@ -6,7 +6,6 @@ from ignite.engine import Engine
 
 from scripts import machine
 from scripts.handlers import FreeCores
-from scripts.handlers.threads import SAMPLE
 from scripts.machine import CoreSeconds
 
 
@@ -72,7 +71,3 @@ def test_a_gpu_is_not_asked_for_free_cores_and_neither_is_a_system_that_does_not
     assert chosen(four_cores, monkeypatch, 4, at_the_start=4, device="cuda:0") == [4, 4]
     monkeypatch.setattr(machine, "core_seconds", lambda: None)
     assert chosen(four_cores, monkeypatch, 4, at_the_start=4) == [4, 4]
-
-
-def test_the_look_at_the_machine_is_short():
-    assert SAMPLE < 0.5
