@@ -1,4 +1,4 @@
-"""Where a network starts: from what its features tell of the labels, in closed form."""
+"""Where a network starts: from what its features tell of the labels, without a step."""
 
 import logging
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from ignite.engine import Engine, Events
 from monai.engines import PrepareBatch
 from monai.networks import one_hot
 from monai.networks.utils import eval_mode
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -29,6 +29,7 @@ RARE = 1e-5  # share of the tokens that every class gets at the mean of all
 FLOOR = 1e-7  # least prior of a class
 TEMPER = 0.5  # of the logits: tokens are not quite normal, and the answers too sure
 PENALTIES = np.logspace(-2, 5, 15)  # of squared weights, to predict numbers
+LEAST_C = 1e-4  # the strongest penalty to tell classes, and the one where a class has a single case
 
 
 @dataclass(eq=False)
@@ -129,8 +130,8 @@ def linear_head(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit logits, or a number, that are linear in embeddings ``(cases, C)``.
 
-    Classes by linear discriminant analysis, its covariance shrunk as Ledoit and Wolf do; a number by ridge regression,
-    with the penalty that predicts each case best from the others. Features are standardised.
+    Classes by logistic regression, a number by ridge regression, both with the penalty that predicts cases best from
+    others, so that probabilities are no surer than they are right. Features are standardised.
 
     Args:
         embeddings: of the cases.
@@ -147,10 +148,13 @@ def linear_head(
         found = RidgeCV(PENALTIES).fit(x, targets)
         weight, bias = found.coef_[None], np.array([found.intercept_])
     else:
-        places = np.unique(targets)
-        priors = np.full(len(places), 1 / len(places)) if balanced else None
-        found = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors).fit(x, targets)
-        ours, offset = found.coef_, found.intercept_
+        places, counts = np.unique(targets, return_counts=True)
+        found = LogisticRegression(C=LEAST_C, class_weight="balanced" if balanced else None, max_iter=1000)
+        if counts.min() > 1:
+            folds = min(5, counts.min())
+            search = GridSearchCV(found, {"C": np.logspace(np.log10(LEAST_C), 2, 13)}, scoring="neg_log_loss", cv=folds)
+            found = search.fit(x, targets).best_estimator_
+        ours, offset = found.fit(x, targets).coef_, found.intercept_
         if len(places) == 2:  # the second against the first
             ours, offset = np.concatenate([-ours / 2, ours / 2]), np.concatenate([-offset / 2, offset / 2])
         weight, bias = np.zeros((outputs, x.shape[1])), np.full(outputs, offset.min() - 10)

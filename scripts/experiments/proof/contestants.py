@@ -77,8 +77,9 @@ COMPARISONS = (  # who is compared with whom
     ("tuned", "untuned"),
     ("tuned", "random_frozen"),
 )
-# Prepared volumes are few and small, and runs share the cores: none is left for processes that load.
-FINETUNING = {"warmup_epochs": 1, "affine_prob": 0.2, "num_workers": 0}
+# Prepared volumes are few and small, and runs share the cores: none is left for processes that load. The last epoch is
+# the only one that is validated, so that none is chosen.
+FINETUNING = {"warmup_epochs": 1, "affine_prob": 0.2, "num_workers": 0, "validate_first": False}
 VIT = ("peers/vit_segmentation.yaml",)
 SEGMENTATION = Task(
     "segmentation",
