@@ -55,6 +55,13 @@ class Targets:
         """The class of each training case, to draw all classes equally often; None of numbers."""
         return [int(value) for value in self._trained()] if self.classes else None
 
+    def few(self, most: int, seed: int = 0) -> list[Case]:
+        """Choose so many training cases at most, of each class its share and at least one, by a hash of their names."""
+        if len(self.training) <= most:
+            return self.training
+        names = {case: self.classes[int(value)] for case, value in self.values.items()} if self.classes else {}
+        return _most(self.training, names, max(most, len(self.classes)), seed)
+
     def _trained(self) -> list[float]:
         return [self.values[case["case"]] for case in self.training]
 

@@ -111,7 +111,8 @@ def _run(step: Step, folder: Path, seconds: float) -> dict[str, Any]:
     """Run a step, what it prints into ``log.txt``."""
     place = folder / step.name
     place.mkdir(exist_ok=True)
-    for left in ("checkpoints/training_state.pt", *step.tables):
+    figures = (str(Path(table).with_suffix(".json")) for table in step.tables)
+    for left in ("checkpoints/training_state.pt", *step.tables, *figures):
         (place / left).unlink(missing_ok=True)
     row: dict[str, Any] = {"step": step.name, "seconds": 0.0, "outcome": "left out: no time was left"}
     if seconds < 1:
@@ -146,7 +147,11 @@ def _figures(place: Path) -> dict[str, Any]:
         found["figures"] = f"epoch {last['epoch']}, val_unexplained {last['val_unexplained']:.3f}"
     if (place / "networks.json").exists():
         rows = json.loads((place / "networks.json").read_text())["rows"]
-        fitting = [row for row in rows if row["form"] == "bertswin" and row["task"] == STEP and row["of_matrix_rate"]]
+        fitting = [
+            row
+            for row in rows
+            if row["form"] == "bertswin" and row["task"] == STEP and row["of_plain"] and row["of_matrix_rate"]
+        ]
         if fitting:
             best = max(fitting, key=lambda row: (row["precision"] != "fp32", row["of_matrix_rate"]))
             found["figures"] = (

@@ -220,8 +220,9 @@ class Checkpointing:
         """End without an error when the signal killed the data loader's processes too."""
         if not self.preempted or isinstance(error, SystemExit) or idist.get_world_size() > 1:
             raise error
-        # Within an optimiser step the weights are neither those before nor those after it.
-        self._end(engine, within_epoch=not engine.is_stepping)
+        # Within an optimiser step the weights are neither those before nor those after it; before the first epoch
+        # there is nothing to save.
+        self._end(engine, within_epoch=engine.state.epoch > 0 and not engine.is_stepping)
 
     def _end(self, engine: Engine, within_epoch: bool) -> None:
         if within_epoch:

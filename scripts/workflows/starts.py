@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from monai.engines import PrepareBatch
 from monai.networks import one_hot
 from monai.networks.utils import eval_mode
 from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -29,7 +32,8 @@ RARE = 1e-5  # share of the tokens that every class gets at the mean of all
 FLOOR = 1e-7  # least prior of a class
 TEMPER = 0.5  # of the logits: tokens are not quite normal, and the answers too sure
 PENALTIES = np.logspace(-2, 5, 15)  # of squared weights, to predict numbers
-LEAST_C = 1e-4  # the strongest penalty to tell classes, and the one where a class has a single case
+LEAST_C = 1e-4  # the strongest penalty to tell classes, and the one where all of them but one have a single case
+STRENGTHS = np.logspace(-4, 2, 13)
 
 
 @dataclass(eq=False)
@@ -149,11 +153,12 @@ def linear_head(
         weight, bias = found.coef_[None], np.array([found.intercept_])
     else:
         places, counts = np.unique(targets, return_counts=True)
-        found = LogisticRegression(C=LEAST_C, class_weight="balanced" if balanced else None, max_iter=1000)
-        if counts.min() > 1:
-            folds = min(5, counts.min())
-            search = GridSearchCV(found, {"C": np.logspace(np.log10(LEAST_C), 2, 13)}, scoring="neg_log_loss", cv=folds)
-            found = search.fit(x, targets).best_estimator_
+        weights = "balanced" if balanced else None
+        found, several = LogisticRegression(C=LEAST_C, class_weight=weights, max_iter=1000), counts > 1
+        if several.sum() > 1:  # a class of a single case is on one side only, and has no part in the choice
+            chosen, folds = np.isin(targets, places[several]), min(5, counts[several].min())
+            search = GridSearchCV(found, {"C": STRENGTHS}, scoring=partial(_log_likelihood, weights=weights), cv=folds)
+            found = search.fit(x[chosen], targets[chosen]).best_estimator_
         ours, offset = found.fit(x, targets).coef_, found.intercept_
         if len(places) == 2:  # the second against the first
             ours, offset = np.concatenate([-ours / 2, ours / 2]), np.concatenate([-offset / 2, offset / 2])
@@ -161,6 +166,12 @@ def linear_head(
         weight[places], bias[places] = ours, offset
     weight = weight / scaler.scale_
     return weight, bias - weight @ scaler.mean_
+
+
+def _log_likelihood(found: LogisticRegression, x: np.ndarray, targets: np.ndarray, weights: str | None) -> float:
+    """Judge probabilities by the weights that they were fitted with."""
+    likely = found.predict_proba(x)
+    return -log_loss(targets, likely, labels=found.classes_, sample_weight=compute_sample_weight(weights, targets))
 
 
 def discriminants(moments: Tensor, joint: Tensor, classes: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:

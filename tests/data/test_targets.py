@@ -122,3 +122,18 @@ def test_what_a_network_has_learned_is_learned_further_and_nothing_else():
     ):
         with pytest.raises(Mistake, match=said):
             read_targets(folds(["b", "a"], ["a", "b"]), "sex", like=other)
+
+
+def test_a_few_training_cases_have_each_class_its_share_whatever_their_order():
+    cases = [{"case": str(number), "side": ("left", "right")[number % 2]} for number in range(60)]
+    cases.append({"case": "odd", "side": "neither"})
+    targets = read_targets({"training": cases, "validation": cases}, "side")
+    few = targets.few(12)
+    sides = [case["side"] for case in few]
+    assert len(few) == 12
+    assert sides.count("neither") == 1
+    assert abs(sides.count("left") - sides.count("right")) <= 1
+    assert targets.few(61) == targets.few(500) == targets.training
+    assert len(targets.few(1)) == 3  # one of each class
+    aged = [case | {"age": 0.5 + place} for place, case in enumerate(cases)]
+    assert len(read_targets({"training": aged, "validation": aged}, "age").few(7)) == 7

@@ -127,6 +127,21 @@ def test_a_class_of_a_single_case_is_no_obstacle():
     assert ((x @ weight.T + bias).argmax(axis=1) == y).all()
 
 
+def test_a_single_case_of_a_class_does_not_flatten_what_is_told_of_the_others():
+    tokens, classes = (values.numpy() for values in normal_tokens(300))
+    x, y = tokens[classes < 2], classes[classes < 2]
+    weight, bias = linear_head(np.concatenate([x, x[:1] + 5]), np.append(y, 2), 3, balanced=True)
+    likely = torch.from_numpy(x @ weight.T + bias).softmax(dim=1).numpy()
+    assert likely[np.arange(len(x)), y].mean() > 0.8
+
+
+def test_of_noise_a_rare_class_is_as_likely_as_a_frequent_one():
+    x, y = np.random.default_rng(0).normal(size=(200, 50)), (np.arange(200) < 10).astype(int)
+    weight, bias = linear_head(x, y, 2, balanced=True)
+    new = torch.from_numpy(np.random.default_rng(1).normal(size=(200, 50)) @ weight.T + bias).softmax(dim=1)
+    assert 0.35 < new[:, 1].mean() < 0.65
+
+
 def test_a_class_that_no_case_has_is_the_least_likely_of_all():
     tokens, classes = (values.numpy() for values in normal_tokens(300))
     weight, bias = linear_head(tokens, 2 * classes, 6, balanced=True)
