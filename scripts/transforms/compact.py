@@ -4,8 +4,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -29,8 +29,7 @@ class Compactd(MapTransform):
         """Return the data with codes and tables; a Mistake for a volume of more than 65,536 different values."""
         compacted = dict(data)
         for key in self.key_iterator(data):
-            volume = data[key].as_tensor() if isinstance(data[key], MetaTensor) else torch.as_tensor(data[key])
-            values, codes = torch.unique(volume, return_inverse=True)
+            values, codes = torch.unique(convert_to_tensor(data[key], track_meta=False), return_inverse=True)
             if len(values) > CODES:
                 raise Mistake(
                     f"{data.get('case', 'a volume')} has {len(values)} different values where compact has codes for "

@@ -70,6 +70,11 @@ class FrozenProbe:
     about: dict[str, Any]  # goes into the report
     targets: Targets | None = None  # classes or numbers by case; none, or none of its values: label maps
 
+    @property
+    def reads_maps(self) -> bool:
+        """Tell whether it is label maps that are read off, not a field of the datalist."""
+        return self.targets is None or not self.targets.values
+
     def run(self) -> dict[str, Any]:
         """Encode, fit, score, and write the report.
 
@@ -82,7 +87,7 @@ class FrozenProbe:
         """
         train, val = self._read(self.train_loader, "training"), self._read(self.val_loader, "validation")
         report = {**self.about, "training_cases": len(train[0]), "validation_cases": len(val[0])}
-        if self.targets is None or not self.targets.values:
+        if self.reads_maps:
             report |= probe_tokens(train, val)
             train, val = ((x.mean(1), fractions.mean(1)) for x, fractions in (train, val))
             report["embedding"] = probe_embeddings(train, val, mean_r_squared)
@@ -111,12 +116,12 @@ class FrozenProbe:
         features, found = [], []
         for batch in tqdm(loader, desc=f"encoding {fold} cases", leave=False, disable=None):
             features.append(self.encode(batch["image"]).float().flatten(2).mT.cpu())
-            if self.targets is None or not self.targets.values:
+            if self.reads_maps:
                 found.append(label_fractions(batch["label"], self.num_labels, self.patch_size))
             else:
                 found.append(torch.tensor([[self.targets.values[case]] for case in batch["case"]]))
         targets = torch.cat(found)
-        if self.targets is not None and self.targets.classes:
+        if not self.reads_maps and self.targets.classes:
             targets = F.one_hot(targets[:, 0].long(), len(self.targets.classes))
         return torch.cat(features), targets.double()
 

@@ -32,8 +32,7 @@ RARE = 1e-5  # share of the tokens that every class gets at the mean of all
 FLOOR = 1e-7  # least prior of a class
 TEMPER = 0.5  # of the logits: tokens are not quite normal, and the answers too sure
 PENALTIES = np.logspace(-2, 5, 15)  # of squared weights, to predict numbers
-LEAST_C = 1e-4  # the strongest penalty to tell classes, and the one where all of them but one have a single case
-STRENGTHS = np.logspace(-4, 2, 13)
+STRENGTHS = np.logspace(-4, 2, 13)  # inverse penalties, to tell classes; the first where too few have several cases
 
 
 @dataclass(eq=False)
@@ -154,7 +153,7 @@ def linear_head(
     else:
         places, counts = np.unique(targets, return_counts=True)
         weights = "balanced" if balanced else None
-        found, several = LogisticRegression(C=LEAST_C, class_weight=weights, max_iter=1000), counts > 1
+        found, several = LogisticRegression(C=STRENGTHS[0], class_weight=weights, max_iter=1000), counts > 1
         if several.sum() > 1:  # a class of a single case is on one side only, and has no part in the choice
             chosen, folds = np.isin(targets, places[several]), min(5, counts[several].min())
             search = GridSearchCV(found, {"C": STRENGTHS}, scoring=partial(_log_likelihood, weights=weights), cv=folds)
