@@ -7,6 +7,7 @@ from typing import Any
 __all__ = [
     *(
         "ACCURACY",
+        "AS_IT_STARTS",
         "COMPARISONS",
         "CLASSIFICATION",
         "DICE",
@@ -80,6 +81,9 @@ COMPARISONS = (  # who is compared with whom
 # Prepared volumes are few and small, and runs share the cores: none is left for processes that load. The last epoch is
 # the only one that is validated, so that none is chosen.
 FINETUNING = {"warmup_epochs": 1, "affine_prob": 0.2, "num_workers": 0, "validate_first": False}
+# What a rate of 0 comes to: one step at a millionth of this, where the warm-up begins. So the start itself is scored.
+AS_IT_STARTS = dict.fromkeys(("max_epochs", "val_interval", "iterations_per_epoch", "warmup_epochs"), 1)
+AS_IT_STARTS |= {"learning_rate": 0.0003}
 VIT = ("peers/vit_segmentation.yaml",)
 SEGMENTATION = Task(
     "segmentation",
@@ -114,7 +118,7 @@ CLASSIFICATION = Task(
         "densenet": Contestant("MONAI DenseNet, from scratch", "tab:green", overlays=("peers/densenet.yaml",)),
     },
     FINETUNING | {"batch_size": 4, "iterations_per_epoch": 40},
-    (0.0003, 0.001, 0.003),
+    (0.0, 0.0003, 0.001, 0.003),  # a head that was fitted may be as good as it gets
     lambda _, pretrained: {"lr_decay": 0.75 if pretrained else 1.0},
 )
 DICE = Measure("val_dice", "Dice in percent (Hausdorff distance in voxels)", "val_hausdorff", "Dice", 100, 1)

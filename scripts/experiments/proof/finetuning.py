@@ -14,7 +14,7 @@ from ...data import Targets, find_cases
 from ...data.describing import Case
 from ...mistakes import Mistake
 from .cohort import hold_out
-from .contestants import ACCURACY, COMPARISONS, DICE, ERROR, Measure, Task
+from .contestants import ACCURACY, AS_IT_STARTS, COMPARISONS, DICE, ERROR, Measure, Task
 from .gains import Gain, auroc_gain, mean_gain
 from .runs import Run, last_metrics
 
@@ -62,12 +62,13 @@ class Comparison:
     def selection(self) -> dict[Rate, float]:
         """Learn at every rate, and score on a fifth of the training cases, which it does not learn from.
 
-        With one seed, and with the middle one of the numbers of labels. Who does best at the lowest or the highest rate
-        tries others beyond it.
+        With one seed, and with the middle one of the numbers of labels, of two the lower: more labels may come later.
+        Who does best at the lowest or the highest rate tries others beyond it.
         """
         groups = self.targets.values if self.targets and self.targets.classes else None
         inner = hold_out(self.folds["training"], self.place.parent / f"{self.place.name}_selection.json", groups)
-        most = min(list(self.counts.values())[len(self.counts) // 2], len(find_cases(inner)["training"]))
+        middle = list(self.counts.values())[(len(self.counts) - 1) // 2]
+        most = min(middle, len(find_cases(inner)["training"]))
         settings, found = {"dataset_dir": inner, "num_train_cases": most, "seed": 0}, {}
         wanted = list(product(self.names, self.rates))
         for _ in range(1 + MOST_BEYOND):
@@ -90,14 +91,17 @@ class Comparison:
     def run(self, name: str, rate: float, folder: Path, settings: Mapping[str, Any]) -> Run:
         """Name one run."""
         about = self.task.contestants[name]
+        learns = {
+            **dict.fromkeys(("max_epochs", "val_interval", "early_stop_patience"), self.epochs),
+            **self.task.follow(rate, about.starts_from is not None or about.frozen == 1),
+            "learning_rate": rate,
+        }
         knobs = {
             **self.task.knobs,
             **self.knobs,
             **about.knobs,
             **settings,
-            **dict.fromkeys(("max_epochs", "val_interval", "early_stop_patience"), self.epochs),
-            **self.task.follow(rate, about.starts_from is not None or about.frozen == 1),
-            "learning_rate": rate,
+            **(learns if rate else learns | AS_IT_STARTS),
             "freeze_epochs": round(about.frozen * self.epochs),
             "pretrained": str(self.weights[about.starts_from]) if about.starts_from else None,
             "index": str(self.place.parent / "index.jsonl"),  # what is known of the volumes, for all runs
