@@ -55,6 +55,11 @@ class Targets:
         """The class of each training case, to draw all classes equally often; None of numbers."""
         return [int(value) for value in self._trained()] if self.classes else None
 
+    @property
+    def patients(self) -> dict[str, str]:
+        """Whose each training case is, by its name; where nobody says so, nobody else's."""
+        return {case["case"]: case.get("patient") or case["case"] for case in self.training}
+
     def few(self, most: int, seed: int = 0) -> list[Case]:
         """Choose so many training cases at most, of each class its share and at least one, by a hash of their names."""
         if len(self.training) <= most:

@@ -1,7 +1,7 @@
 """Where a network starts: from what its features tell of the labels, without a step."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from monai.networks import one_hot
 from monai.networks.utils import eval_mode
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ class EmbeddingStart:
     volumes: Iterable[dict[str, Tensor]] | None  # batches of one whole training volume; None: no such start
     prepare_batch: PrepareBatch  # makes volumes and their targets of them, as for training
     inferer: MeanWindowInferer
+    patients: Mapping[str, str]  # whose a case is, by its name
     balanced: bool  # all classes are equally likely beforehand; False: as likely as in the training volumes
 
     def attach(self, engine: Engine) -> None:
@@ -110,30 +111,31 @@ class EmbeddingStart:
         """Fit, and fill the head, unless the run goes on."""
         if engine.state.iteration:
             return
-        embeddings, targets = [], []
+        embeddings, targets, patients = [], [], []
         with eval_mode(self.network):
             for batch in self.volumes:
                 volume, target = self.prepare_batch(batch, engine.state.device)[:2]
                 embeddings.append(self.inferer(volume, self.network.embed).cpu())
                 targets.append(target.flatten().cpu())
+                patients += [self.patients[case] for case in batch["case"]]
         x, y = torch.cat(embeddings).double().numpy(), torch.cat(targets).numpy()
         if not np.isfinite(x).all() or len(np.unique(y)) < 2:
             logger.warning("the head starts at random: the features of this encoder are not finite, or all cases alike")
             return
         mean, deviation = self.network.mean.item(), self.network.deviation.item()
         y = y if self.network.head.out_features > 1 else (y - mean) / deviation
-        weight, bias = linear_head(x, y, self.network.head.out_features, self.balanced)
+        weight, bias = linear_head(x, y, self.network.head.out_features, self.balanced, patients)
         self.network.head.weight.copy_(torch.from_numpy(weight))
         self.network.head.bias.copy_(torch.from_numpy(bias))
         logger.info("the head starts from a linear map, fitted to %d volumes", len(x))
 
 
 def linear_head(
-    embeddings: np.ndarray, targets: np.ndarray, outputs: int, balanced: bool
+    embeddings: np.ndarray, targets: np.ndarray, outputs: int, balanced: bool, patients: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit logits, or a number, that are linear in embeddings ``(cases, C)``.
 
-    Classes by logistic regression, a number by ridge regression, both with the penalty that predicts cases best from
+    Classes by logistic regression, a number by ridge regression, both with the penalty that predicts patients best from
     others, so that probabilities are no surer than they are right. Features are standardised.
 
     Args:
@@ -141,21 +143,21 @@ def linear_head(
         targets: places of their classes, or numbers, ``(cases,)``.
         outputs: classes, or 1 for a number.
         balanced: classes are equally likely beforehand.
+        patients: whose the cases are; None: each is another's.
 
     Returns:
         The weight ``(outputs, C)`` and the bias ``(outputs,)``. A class that no case has gets the least logit of all.
     """
     scaler = StandardScaler().fit(embeddings)
-    x = scaler.transform(embeddings)
+    x, owners = scaler.transform(embeddings), np.arange(len(targets)) if patients is None else np.array(patients)
     if outputs == 1:
-        found = RidgeCV(PENALTIES).fit(x, targets)
+        found = RidgeCV(PENALTIES, cv=_folds_of_numbers(owners)).fit(x, targets)
         weight, bias = found.coef_[None], np.array([found.intercept_])
     else:
-        places, counts = np.unique(targets, return_counts=True)
-        weights = "balanced" if balanced else None
-        found, several = LogisticRegression(C=STRENGTHS[0], class_weight=weights, max_iter=1000), counts > 1
-        if several.sum() > 1:  # a class of a single case is on one side only, and has no part in the choice
-            chosen, folds = np.isin(targets, places[several]), min(5, counts[several].min())
+        places, weights = np.unique(targets), "balanced" if balanced else None
+        found = LogisticRegression(C=STRENGTHS[0], class_weight=weights, max_iter=1000)
+        chosen, folds = _folds_of_classes(targets, owners)
+        if folds:
             search = GridSearchCV(found, {"C": STRENGTHS}, scoring=partial(_log_likelihood, weights=weights), cv=folds)
             found = search.fit(x[chosen], targets[chosen]).best_estimator_
         ours, offset = found.fit(x, targets).coef_, found.intercept_
@@ -165,6 +167,34 @@ def linear_head(
         weight[places], bias[places] = ours, offset
     weight = weight / scaler.scale_
     return weight, bias - weight @ scaler.mean_
+
+
+def _folds_of_numbers(patients: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Divide cases so that no patient is on both sides; None, each case by all others, where that is the same."""
+    count = len(np.unique(patients))
+    if count in (1, len(patients)):
+        return None
+    return list(GroupKFold(min(5, count)).split(patients, groups=patients))
+
+
+def _folds_of_classes(
+    targets: np.ndarray, patients: np.ndarray
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Choose the cases of classes that several patients have, and divide them: every part has something of each class.
+
+    Returns:
+        Which cases are chosen, and places among these, to learn from and to judge by; none where there is no such way.
+    """
+    counts = {place: len(np.unique(patients[targets == place])) for place in np.unique(targets)}
+    several = [place for place, count in counts.items() if count > 1]  # of one patient they are on one side only
+    chosen = np.isin(targets, several)
+    if len(several) < 2:
+        return chosen, []
+    y, owners, count = targets[chosen], patients[chosen], min(5, *(counts[place] for place in several))
+    if len(np.unique(owners)) == len(owners):
+        return chosen, list(StratifiedKFold(count).split(y, y))
+    folds = StratifiedGroupKFold(count).split(y, y, owners)
+    return chosen, [(seen, unseen) for seen, unseen in folds if set(y[seen]) == set(several)]
 
 
 def _log_likelihood(found: LogisticRegression, x: np.ndarray, targets: np.ndarray, weights: str | None) -> float:

@@ -158,6 +158,31 @@ def test_the_penalty_of_a_number_is_chosen_by_other_cases_than_those_it_is_fitte
     assert np.corrcoef((x @ weight.T + bias)[:, 0], x @ told)[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_penalty_is_chosen_by_other_patients_not_by_other_scans_of_the_same(outputs):
+    random = np.random.default_rng(0)
+    x = np.repeat(random.normal(size=(40, 100)), 5, axis=0) + random.normal(size=(200, 100)) / 10  # five scans of each
+    y = np.repeat(random.permutation(40) % 2, 5)
+    patients = [f"patient {place // 5}" for place in range(200)]
+
+    def told(**whose):
+        weight, bias = linear_head(x, y, outputs, True, **whose)
+        told = x @ weight.T + bias
+        return np.abs(told - told.mean(axis=0)).mean()
+
+    # Of these features nothing can be told but who it is.
+    assert told(patients=patients) < told() / 2
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_patient_with_scans_of_both_classes_or_alone_is_no_obstacle(outputs):
+    x, y = np.eye(6), np.array([0, 0, 1, 1, 1, 0])
+    for patients in (["a", "b", "b", "c", "c", "a"], ["a"] * 6, ["a", "a", "b", "b", "b", "a"], [*"abcdef"]):
+        weight, bias = linear_head(x, y, outputs, True, patients)
+        assert np.isfinite(weight).all()
+        assert np.isfinite(bias).all()
+
+
 def bright(numbers):
     """Volumes, larger than a window, that are the brighter the larger their number."""
     return [noise(1, 1, 40, 32, 32, seed=place) / 4 + n for place, n in enumerate(numbers)]
@@ -173,7 +198,7 @@ def head_started(numbers, values, pooling="mean", iteration=0):
     engine.state.device, engine.state.iteration = torch.device("cpu"), iteration
     batches = [{"image": volume, "case": [str(place)]} for place, volume in enumerate(bright(numbers))]
     inferer = MeanWindowInferer((32, 32, 32), 0.5, 2, "fp32", "cpu")
-    start = EmbeddingStart(made, batches, PrepareTargetBatch(targets), inferer, balanced=True)
+    start = EmbeddingStart(made, batches, PrepareTargetBatch(targets), inferer, targets.patients, balanced=True)
     start.attach(engine)
     if engine.has_event_handler(start.start):
         start.start(engine)
