@@ -58,7 +58,7 @@ class FrozenProbe:
     From the tokens, a ridge regression predicts the share of each label in the token's patch. From a volume's
     embedding, the mean of its tokens, a ridge regression and the nearest neighbours predict how much of each label is
     in the volume, or the class or number of the case. Penalties and numbers of neighbours are chosen on a part of the
-    training cases; the validation cases are looked at once, for the scores.
+    training cases, of other patients; the validation cases are looked at once, for the scores.
     """
 
     encode: Callable[[Tensor], Tensor]  # maps a volume (B, C, D, H, W) to features (B, C, D/P, H/P, W/P)
@@ -69,6 +69,11 @@ class FrozenProbe:
     path: str | Path  # of the report, JSON
     about: dict[str, Any]  # goes into the report
     targets: Targets | None = None  # classes or numbers by case; none, or none of its values: label maps
+
+    @property
+    def patients(self) -> list[str] | None:
+        """Whose the training cases are, where that is known."""
+        return list(self.targets.patients.values()) if self.targets else None
 
     @property
     def reads_maps(self) -> bool:
@@ -88,17 +93,17 @@ class FrozenProbe:
         train, val = self._read(self.train_loader, "training"), self._read(self.val_loader, "validation")
         report = {**self.about, "training_cases": len(train[0]), "validation_cases": len(val[0])}
         if self.reads_maps:
-            report |= probe_tokens(train, val)
+            report |= probe_tokens(train, val, self.patients)
             train, val = ((x.mean(1), fractions.mean(1)) for x, fractions in (train, val))
-            report["embedding"] = probe_embeddings(train, val, mean_r_squared)
+            report["embedding"] = probe_embeddings(train, val, mean_r_squared, self.patients)
         else:
             report["target"] = self.targets.about
             train, val = ((x.mean(1), own) for x, own in (train, val))
             if self.targets.classes:
-                report["embedding"] = probe_embeddings(train, val, accuracy, auroc=auroc)
+                report["embedding"] = probe_embeddings(train, val, accuracy, self.patients, auroc=auroc)
                 report["embedding"]["majority"] = accuracy(train[1].mean(0).expand_as(val[1]), val[1])
             else:
-                report["embedding"] = probe_embeddings(train, val, mean_r_squared)
+                report["embedding"] = probe_embeddings(train, val, mean_r_squared, self.patients)
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
@@ -172,23 +177,24 @@ class FewCasesProbe:
         features = [torch.cat([encode(case["image"][None]).float().flatten(2).mT.cpu() for case in fold])
                     for fold in self.read]  # fmt: skip
         (train, val), scores = features, {}
+        patients = [case.get("patient") or case["case"] for case in self.chosen[0]]
         if "label" in self.read[0][0]:
             most = min(MOST_LABELS, int(max(case["label"].max() for case in self.read[0])))
             targets = [torch.cat([label_fractions(case["label"][None], most, self.patch_size) for case in fold])
                        for fold in self.read]  # fmt: skip
-            found, _ = fit_best(ridge, PENALTIES, (train, targets[0]), val, mean_r_squared)
+            found, _ = fit_best(ridge, PENALTIES, (train, targets[0]), val, mean_r_squared, patients)
             scores["probe_r2"] = mean_r_squared(found, targets[1])
             targets, score = [fractions.mean(dim=1) for fractions in targets], mean_r_squared
         else:
             own = [[str(case["class"]) for case in fold] for fold in self.read]
             targets, score = [_one_hot(names, sorted({*own[0], *own[1]})) for names in own], accuracy
-        found = probe_embeddings((train.mean(dim=1), targets[0]), (val.mean(dim=1), targets[1]), score)
+        found = probe_embeddings((train.mean(dim=1), targets[0]), (val.mean(dim=1), targets[1]), score, patients)
         return scores | {"probe_linear": found["linear"], "probe_neighbours": found["neighbours"]}
 
 
-def probe_tokens(train: Cases, val: Cases) -> dict[str, Any]:
+def probe_tokens(train: Cases, val: Cases, patients: Sequence[str] | None = None) -> dict[str, Any]:
     """Predict label fractions from tokens; see :meth:`FrozenProbe.run`."""
-    prediction, penalty = fit_best(ridge, PENALTIES, train, val[0], mean_r_squared)
+    prediction, penalty = fit_best(ridge, PENALTIES, train, val[0], mean_r_squared, patients)
     target, scores = val[1], r_squared(prediction, val[1])
     report = {
         "r2": scores.nanmean().item(),
@@ -206,21 +212,28 @@ def probe_tokens(train: Cases, val: Cases) -> dict[str, Any]:
     return report
 
 
-def probe_embeddings(train: Cases, val: Cases, score: Score, **others: Score) -> dict[str, Any]:
+def probe_embeddings(
+    train: Cases, val: Cases, score: Score, patients: Sequence[str] | None = None, **others: Score
+) -> dict[str, Any]:
     """Predict from embeddings, by ridge regression and by the nearest neighbours; see :meth:`FrozenProbe.run`.
 
     The other scores are those of the ridge regression, and choose nothing.
     """
-    linear, penalty = fit_best(ridge, PENALTIES, train, val[0], score)
-    neighbours, k = fit_best(nearest_neighbours, NEIGHBOURS, train, val[0], score)
+    linear, penalty = fit_best(ridge, PENALTIES, train, val[0], score, patients)
+    neighbours, k = fit_best(nearest_neighbours, NEIGHBOURS, train, val[0], score, patients)
     report = {"linear": score(linear, val[1]), "penalty": penalty, "neighbours": score(neighbours, val[1]), "k": k}
     return report | {f"linear_{name}": other(linear, val[1]) for name, other in others.items()}
 
 
 def fit_best(
-    build: Callable[[Any, int], RegressorMixin], settings: Sequence[Any], train: Cases, new: Tensor, score: Score
+    build: Callable[[Any, int], RegressorMixin],
+    settings: Sequence[Any],
+    train: Cases,
+    new: Tensor,
+    score: Score,
+    patients: Sequence[str] | None = None,
 ) -> tuple[Tensor, Any]:
-    """Choose the setting on every fourth training case, fit with it on all of them, and predict.
+    """Choose the setting on every fourth patient, fit with it on all training cases, and predict.
 
     Args:
         build: an estimator of scikit-learn, from a setting and the number of rows to fit.
@@ -228,6 +241,7 @@ def fit_best(
         train: to fit; each feature is standardised by their statistics.
         new: features ``(other cases, …, C)``; their prediction ``(…, K)`` is returned, and the setting.
         score: of a prediction and its target.
+        patients: whose the training cases are; None: each is another's.
     """
     scaler = StandardScaler().fit(_rows(train[0]))
 
@@ -241,8 +255,10 @@ def fit_best(
         found = score(predict(setting, kept_x, kept_y, x), y)
         return -math.inf if math.isnan(found) else found
 
-    held_out = torch.arange(len(train[0])) % 4 == 0
-    best = max(settings, key=judge) if len(held_out) > 1 else settings[0]
+    owners = range(len(train[0])) if patients is None else patients
+    fourth = set(list(dict.fromkeys(owners))[::4])
+    held_out = torch.tensor([owner in fourth for owner in owners])
+    best = settings[0] if held_out.all() else max(settings, key=judge)  # of a single patient there is no choice
     return predict(best, *train, new), best
 
 

@@ -197,6 +197,28 @@ def test_the_setting_is_chosen_on_every_fourth_training_case_and_the_penalty_is_
     assert ridge(0.5, rows=40).alpha == 20
 
 
+def test_the_setting_is_chosen_by_other_patients_than_it_is_fitted_to():
+    # Five scans of each patient, alike; what is to be told of them is noise.
+    train = tuple(values.repeat_interleave(5, dim=0) for values in (noise(20, 6), noise(20, 2, seed=1)))
+    patients = [f"patient {place // 5}" for place in range(100)]
+
+    def furthest(**whose):
+        errors = []
+        fit_best(
+            nearest_neighbours,
+            (1,),
+            train,
+            train[0],
+            lambda *both: errors.append(abs(both[0] - both[1]).max()) or 0,
+            **whose,
+        )
+        return errors[0]
+
+    assert furthest() == 0  # another scan of the same patient told it
+    assert furthest(patients=patients) > 1
+    assert fit_best(ridge, (1.0, 2.0), train, train[0], accuracy, ["one"] * 100)[1] == 1.0  # too few to choose by
+
+
 def few_cases(path, **about):
     """Cases whose label is the bright part of their image, or whose class says whether the whole is bright."""
     path.touch()
