@@ -141,14 +141,15 @@ class FewCasesProbe:
 
     cases: Mapping[str, Sequence[Case]]  # by fold
     transform: Callable[[dict[str, Any]], dict[str, Any]]  # prepares a case, its label map too if it has one
-    most: int  # cases of each fold
+    most: int  # cases of each fold, one of each patient
     patch_size: int  # P, in voxels
 
     def __post_init__(self) -> None:
         self.read: list[list[dict[str, Any]]] | None = None
         folds = [self.cases[fold] for fold in ("training", "validation")]
         pairs = (
-            [[case for case in fold if has(case)][: self.most] for fold in folds] for has in (_has_label, _has_class)
+            [_one_of_each([case for case in fold if has(case)])[: self.most] for fold in folds]
+            for has in (_has_label, _has_class)
         )
         self.chosen = next((pair for pair in pairs if min(map(len, pair)) > 1), None)
 
@@ -177,18 +178,17 @@ class FewCasesProbe:
         features = [torch.cat([encode(case["image"][None]).float().flatten(2).mT.cpu() for case in fold])
                     for fold in self.read]  # fmt: skip
         (train, val), scores = features, {}
-        patients = [case.get("patient") or case["case"] for case in self.chosen[0]]
         if "label" in self.read[0][0]:
             most = min(MOST_LABELS, int(max(case["label"].max() for case in self.read[0])))
             targets = [torch.cat([label_fractions(case["label"][None], most, self.patch_size) for case in fold])
                        for fold in self.read]  # fmt: skip
-            found, _ = fit_best(ridge, PENALTIES, (train, targets[0]), val, mean_r_squared, patients)
+            found, _ = fit_best(ridge, PENALTIES, (train, targets[0]), val, mean_r_squared)
             scores["probe_r2"] = mean_r_squared(found, targets[1])
             targets, score = [fractions.mean(dim=1) for fractions in targets], mean_r_squared
         else:
             own = [[str(case["class"]) for case in fold] for fold in self.read]
             targets, score = [_one_hot(names, sorted({*own[0], *own[1]})) for names in own], accuracy
-        found = probe_embeddings((train.mean(dim=1), targets[0]), (val.mean(dim=1), targets[1]), score, patients)
+        found = probe_embeddings((train.mean(dim=1), targets[0]), (val.mean(dim=1), targets[1]), score)
         return scores | {"probe_linear": found["linear"], "probe_neighbours": found["neighbours"]}
 
 
@@ -255,10 +255,11 @@ def fit_best(
         found = score(predict(setting, kept_x, kept_y, x), y)
         return -math.inf if math.isnan(found) else found
 
-    owners = range(len(train[0])) if patients is None else patients
+    several = patients is not None and len(set(patients)) > 1  # else there is a choice by the cases alone
+    owners = patients if several else range(len(train[0]))
     fourth = set(list(dict.fromkeys(owners))[::4])
     held_out = torch.tensor([owner in fourth for owner in owners])
-    best = settings[0] if held_out.all() else max(settings, key=judge)  # of a single patient there is no choice
+    best = settings[0] if held_out.all() else max(settings, key=judge)  # of a single case there is no choice
     return predict(best, *train, new), best
 
 
@@ -311,6 +312,14 @@ def _standard_error(prediction: Tensor, target: Tensor, resamples: int = 200) ->
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randint(len(target), (len(target),), generator=generator) for _ in range(resamples))
     return torch.stack([r_squared(prediction[draw], target[draw]).nanmean() for draw in draws]).std().item()
+
+
+def _one_of_each(cases: Iterable[Case]) -> list[Case]:
+    """Keep the first case of each patient."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.get("patient") or case["case"], case)
+    return list(first.values())
 
 
 def _has_label(case: Case) -> bool:

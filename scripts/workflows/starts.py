@@ -151,7 +151,8 @@ def linear_head(
     scaler = StandardScaler().fit(embeddings)
     x, owners = scaler.transform(embeddings), np.arange(len(targets)) if patients is None else np.array(patients)
     if outputs == 1:
-        found = RidgeCV(PENALTIES, cv=_folds_of_numbers(owners)).fit(x, targets)
+        judged = {"cv": _folds_of_numbers(owners), "scoring": "neg_mean_squared_error"}  # a fold may be a single case
+        found = RidgeCV(PENALTIES, **judged).fit(x, targets)
         weight, bias = found.coef_[None], np.array([found.intercept_])
     else:
         places, weights = np.unique(targets), "balanced" if balanced else None
@@ -180,7 +181,7 @@ def _folds_of_numbers(patients: np.ndarray) -> list[tuple[np.ndarray, np.ndarray
 def _folds_of_classes(
     targets: np.ndarray, patients: np.ndarray
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Choose the cases of classes that several patients have, and divide them: every part has something of each class.
+    """Choose the cases of classes that several patients have, and divide them, each class in every part to learn from.
 
     Returns:
         Which cases are chosen, and places among these, to learn from and to judge by; none where there is no such way.

@@ -47,6 +47,12 @@ def test_classes_are_named_in_order_whatever_they_are(values, classes):
     assert (targets.mean, targets.deviation) == (0, 1)
 
 
+def test_scans_are_a_patients_where_the_data_says_so():
+    cases = folds(["F", "M", "F"], ["F", "M"])
+    cases["training"][2]["patient"] = cases["training"][1]["patient"] = "x"
+    assert read_targets(cases, "sex").patients == {"t0": "t0", "t1": "x", "t2": "x"}
+
+
 def test_many_different_numbers_are_a_regression_and_few_are_classes(caplog):
     caplog.set_level(logging.INFO)
     numbers = [20.5 + n for n in range(11)]

@@ -445,12 +445,13 @@ def test_the_search_is_one_seed_of_every_rate_with_the_middle_number_of_labels(e
     experiments.classification(target=["sex", "age"])
     found = [run for run in pretended if run.folder.parent.name == "classification_sex_selection"]
     assert {(run.knobs["seed"], run.knobs["num_train_cases"]) for run in found} == {(0, 20)}
-    assert len(found) == 5 * 4
+    assert len(found) == 4 * 4 + 3  # those with an encoder of ours may keep the head that was fitted
     assert (experiments.folder / "classification_age.md").read_text().count("a guess that looks at nothing") == 1
 
 
-def test_all_labels_may_join_later_without_another_search(experiments, pretended):
-    for experiments.num_labelled in ([5, 10, 20], [5, 10, 20, None]):
+@pytest.mark.parametrize("numbers", [[10], [5, 10], [5, 10, 20]])
+def test_all_labels_may_join_later_without_another_search(experiments, pretended, numbers):
+    for experiments.num_labelled in (numbers, [*numbers, None]):
         experiments.segmentation(contestants="random")
     found = [run for run in pretended if run.folder.parent.name == "segmentation_selection"]
     assert {run.knobs["num_train_cases"] for run in found} == {10}
@@ -458,13 +459,27 @@ def test_all_labels_may_join_later_without_another_search(experiments, pretended
 
 def test_a_classification_may_keep_the_head_that_was_fitted(experiments, pretended):
     experiments.knobs = {"iterations_per_epoch": 40, "warmup_epochs": 0}
-    experiments.classification("age", contestants="pretrained")
+    experiments.classification("age", contestants=["pretrained", "densenet"])
     found = {run.folder.name: run.knobs for run in pretended if run.folder.parent.name.endswith("selection")}
-    assert {"pretrained_0", "pretrained_0.0003", "pretrained_0.001", "pretrained_0.003"} == set(found)
+    assert [name for name in found if name.endswith("_0")] == ["pretrained_0"]
     names = ("max_epochs", "iterations_per_epoch", "warmup_epochs")
     # One step at the beginning of a warm-up: a millionth of a rate changes nothing.
     assert [found["pretrained_0"][name] for name in names] == [1, 1, 1]
     assert [found["pretrained_0.001"][name] for name in names] == [experiments.finetuning_epochs, 40, 0]
+    assert "densenet_0" not in found  # which has none
+
+
+def test_where_the_fitted_head_is_best_it_is_what_is_scored(experiments, pretended, monkeypatch):
+    monkeypatch.setattr(Comparison, "selection", lambda self: {("pretrained", 0.0): 1.0, ("pretrained", 0.001): 2.0})
+    experiments.classification("age", contestants="pretrained")
+    assert len(pretended) == 9
+    assert {run.knobs["max_epochs"] for run in pretended} == {1}
+
+
+def test_rates_without_one_above_zero_are_refused(experiments):
+    for rates in (0, [0.0], [-0.1, 0.1]):
+        with pytest.raises(ValueError, match="should be numbers above 0"):
+            Proof(experiments.dataset_dir, str(experiments.folder), pretrained=experiments.pretrained, rates=rates)
 
 
 def test_fields_of_a_datalist_are_probed_beside_each_other(experiments, pretended):
@@ -508,7 +523,8 @@ def test_each_contestant_learns_at_the_rate_that_does_best_on_held_out_training_
     ("scores", "sign", "beyond"),
     [({0.002: 0.6, 0.006: 0.5, 0.02: 0.3}, 1, 0.0007), ({0.002: 0.6, 0.006: 0.5, 0.02: 0.3}, -1, 0.07),
      ({0.002: 0.6, 0.006: 0.7, 0.02: 0.3}, 1, None), ({0.002: 0.6, 0.006: 0.6, 0.02: 0.6}, 1, None),
-     ({0.01: 1.0}, 1, None), ({0.0: 0.6, 0.0003: 0.5}, 1, None),
+     ({0.01: 1.0}, 1, None), ({0.0: 0.6, 0.0003: 0.5}, 1, None), ({0.0: 0.5, 0.0003: 0.6}, 1, None),
+     ({0.0: 0.5, 0.0003: 0.6, 0.001: 0.5}, 1, 0.00009),
      ({0.0007: 0.61, 0.002: 0.6, 0.006: 0.5}, 1, 0.0002)],
 )  # fmt: skip
 def test_who_does_best_at_the_end_of_the_rates_tries_one_beyond(scores, sign, beyond):

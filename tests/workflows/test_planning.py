@@ -10,7 +10,7 @@ from conftest import bundle, train, write_volume
 
 from scripts.data import Index
 from scripts.mistakes import Mistake
-from scripts.workflows import grid_of, look_at, spacing_of
+from scripts.workflows import Cohort, about_schedule, grid_of, look_at, spacing_of
 from scripts.workflows.planning.choices import WINDOWS
 
 
@@ -35,6 +35,15 @@ def test_the_spacing_is_the_median_in_the_order_of_space():
     turned = facts_of((50, 60, 70), (2.5, 1.0, 2.0), order=(2, 0, 1))
     spacing, _ = spacing_of([facts_of((60, 70, 50), (1.0, 2.0, 2.5)), turned, facts_of((60, 70, 50), (1.5, 2.0, 3.0))])
     assert spacing == [1.0, 2.0, 2.5]
+
+
+def test_many_volumes_are_drawn_250_times_each_and_few_for_as_long_as_the_quick_start():
+    def drawn(count):
+        cohort = Cohort([], [], "mr", 1, [], [], {"training": [{}] * count, "validation": [{}]}, True)
+        schedule = {name: value for name, (value, _) in about_schedule(cohort, 4).items()}
+        return schedule["max_epochs"] * schedule["iterations_per_epoch"] * 4
+
+    assert [drawn(count) for count in (8, 122, 1000)] == [9600, 191 * 160, 250_000]
 
 
 def test_of_thick_slices_the_finer_volumes_count():

@@ -168,6 +168,21 @@ def test_classes_are_read_off_the_embeddings(tmp_path):
     assert guessed["linear_auroc"] < 0.9
 
 
+@pytest.mark.parametrize(("whose", "fooled"), [("each", True), ("its", False)])
+def test_the_scans_of_a_patient_do_not_choose_for_one_another(tmp_path, whose, fooled):
+    # Ten patients of four scans each, which are the same; what is to be told of them is noise.
+    cases = [{"case": str(n), "lot": noise(1, seed=n // 4).item()} for n in range(60)]
+    cases = [case | ({"patient": str(n // 4)} if whose == "its" else {}) for n, case in enumerate(cases)]
+    targets = probed_targets({"training": cases[:40], "validation": cases[40:]}, "lot")
+
+    def batches(cases):
+        return [{"image": noise(1, 3, 2, 2, 2, seed=int(case["case"]) // 4), "case": [case["case"]]} for case in cases]
+
+    train, val = batches(targets.training), batches(targets.validation)
+    found = FrozenProbe(lambda image: image, train, val, 1, 1, tmp_path / "probe.json", {}, targets).run()
+    assert (found["embedding"]["k"] <= 3) == fooled  # the other scans of a patient
+
+
 def test_numbers_are_read_off_the_embeddings(tmp_path):
     told = probed_brightness(tmp_path, "level")
     assert told["target"] == {"field": "level", "classes": []}
@@ -216,7 +231,7 @@ def test_the_setting_is_chosen_by_other_patients_than_it_is_fitted_to():
 
     assert furthest() == 0  # another scan of the same patient told it
     assert furthest(patients=patients) > 1
-    assert fit_best(ridge, (1.0, 2.0), train, train[0], accuracy, ["one"] * 100)[1] == 1.0  # too few to choose by
+    assert furthest(patients=["one"] * 100) == 0  # of a single patient there is no other
 
 
 def few_cases(path, **about):
@@ -253,6 +268,14 @@ def test_a_training_is_probed_by_what_its_cases_come_with(tmp_path):
     classes = FewCasesProbe(few_cases(tmp_path / "label", **{"class": 1}), prepared, 4, 8).score(share_of_bright)
     assert classes == {"probe_linear": 1.0, "probe_neighbours": 1.0}
     assert FewCasesProbe(few_cases(tmp_path / "label"), prepared, 4, 8).score(share_of_bright) == {}
+
+
+def test_of_each_patient_one_case_is_looked_at(tmp_path):
+    cases = few_cases(tmp_path / "label", label=True)
+    cases = {fold: [case | {"patient": f"p{n // 2}"} for n, case in enumerate(fold_cases)]
+             for fold, fold_cases in cases.items()}  # fmt: skip
+    chosen = FewCasesProbe(cases, prepared, 2, 8).chosen
+    assert [[case["patient"] for case in fold] for fold in chosen] == [["p0", "p1"]] * 2
 
 
 def test_cases_of_a_training_are_read_once_and_what_cannot_be_read_is_logged_once(tmp_path, caplog):

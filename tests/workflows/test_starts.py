@@ -12,7 +12,7 @@ from scripts import BertsWinEncoder
 from scripts.data import read_targets
 from scripts.engines import LogitsInferer, MeanWindowInferer
 from scripts.networks import ClassificationNetwork, SegmentationNetwork
-from scripts.workflows import DiscriminantStart, EmbeddingStart, PrepareTargetBatch, discriminants, linear_head
+from scripts.workflows import DiscriminantStart, EmbeddingStart, PrepareTargetBatch, discriminants, linear_head, starts
 
 ENCODER = {name: value for name, value in TINY.items() if name not in ("decoder_embed_dim", "mask_ratio")}
 
@@ -177,10 +177,33 @@ def test_the_penalty_is_chosen_by_other_patients_not_by_other_scans_of_the_same(
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_a_patient_with_scans_of_both_classes_or_alone_is_no_obstacle(outputs):
     x, y = np.eye(6), np.array([0, 0, 1, 1, 1, 0])
-    for patients in (["a", "b", "b", "c", "c", "a"], ["a"] * 6, ["a", "a", "b", "b", "b", "a"], [*"abcdef"]):
-        weight, bias = linear_head(x, y, outputs, True, patients)
+    for patients in (
+        ["a", "b", "b", "c", "c", "a"],
+        ["a"] * 6,
+        ["a", "a", "b", "b", "b", "a"],
+        [*"abcdef"],
+        [*"aabcde"],
+    ):
+        weight, bias = linear_head(x, y, outputs, True, [*patients])
         assert np.isfinite(weight).all()
         assert np.isfinite(bias).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_patient_alone_in_a_fold_judges_a_penalty_too():
+    random, by_heart = np.random.default_rng(0), []
+    for patients in ["aabcde", "aabbcc"] * 20:
+        x, y = random.normal(size=(6, 50)), random.normal(size=6)
+        weight, bias = linear_head(x, y, 1, True, [*patients])
+        by_heart.append(np.abs(x @ weight.T + bias - y[:, None]).mean() < 0.1)
+    assert np.mean(by_heart) < 0.5  # noise rarely is: no penalty is the best of nothing
+
+
+def test_a_head_knows_whose_the_volumes_are(monkeypatch):
+    seen = []
+    monkeypatch.setattr(starts, "linear_head", lambda *given: seen.append(given[-1]) or linear_head(*given))
+    head_started([0.0, 1.0] * 3, ["dark", "bright"] * 3, patients=[*"aabbcc"])
+    assert seen == [[*"aabbcc"]]
 
 
 def bright(numbers):
@@ -188,8 +211,10 @@ def bright(numbers):
     return [noise(1, 1, 40, 32, 32, seed=place) / 4 + n for place, n in enumerate(numbers)]
 
 
-def head_started(numbers, values, pooling="mean", iteration=0):
+def head_started(numbers, values, pooling="mean", iteration=0, patients=None):
     cases = [{"case": str(place), "brightness": value} for place, value in enumerate(values)]
+    for case, patient in zip(cases, patients or (), strict=bool(patients)):
+        case["patient"] = patient
     targets = read_targets({"training": cases, "validation": cases}, "brightness")
     torch.manual_seed(0)
     outputs = len(targets.classes) or 1

@@ -117,7 +117,8 @@ CLASSIFICATION = Task(
         "pretrained": replace(STARTS["pretrained"], frozen=0.2),  # a fresh head learns alone first
         "densenet": Contestant("MONAI DenseNet, from scratch", "tab:green", overlays=("peers/densenet.yaml",)),
     },
-    FINETUNING | {"batch_size": 4, "iterations_per_epoch": 40},
+    # Heads are fitted to all cases that they could learn from.
+    FINETUNING | {"batch_size": 4, "iterations_per_epoch": 40, "start_volumes": 1_000_000},
     (0.0, 0.0003, 0.001, 0.003),  # a head that was fitted may be as good as it gets
     lambda _, pretrained: {"lr_decay": 0.75 if pretrained else 1.0},
 )

@@ -39,7 +39,7 @@ class Proof:
         num_labelled: training cases with labels, one number or several; ``all`` for all.
         seeds: one or several, each with a choice of labelled cases, initial weights and draws of its own.
         finetuning_epochs: of 20 steps of a segmentation, or 40 of a classification.
-        rates: that each contestant chooses from; default: those of the task.
+        rates: that each contestant chooses from, 0 for the start itself; default: those of the task.
         knobs: of the runs, over the experiments' own, such as ``{"num_labels": 3}``.
         jobs: runs at a time.
 
@@ -63,6 +63,10 @@ class Proof:
         find_cases(dataset)  # so that what is wrong is named as it was given
         self.num_labelled, self.seeds = _numbers(self.num_labelled), _numbers(self.seeds)
         self.rates, self.knobs = ensure_tuple(self.rates), dict(self.knobs or {})
+        if any(rate < 0 for rate in self.rates) or (self.rates and not any(self.rates)):
+            raise Mistake(
+                f"rates {self.rates} should be numbers above 0; with others there may be a 0, the start itself"
+            )
         for name in ("jobs", "finetuning_epochs"):
             if getattr(self, name) < 1:
                 raise Mistake(f"{name} {getattr(self, name)} must be at least 1")

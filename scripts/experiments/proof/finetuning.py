@@ -62,15 +62,17 @@ class Comparison:
     def selection(self) -> dict[Rate, float]:
         """Learn at every rate, and score on a fifth of the training cases, which it does not learn from.
 
-        With one seed, and with the middle one of the numbers of labels, of two the lower: more labels may come later.
-        Who does best at the lowest or the highest rate tries others beyond it.
+        With one seed, and with the middle one of the numbers of labels, of two the upper. ``all`` does not count among
+        others, so that it may join later. Who does best at the lowest or the highest rate tries others beyond it.
         """
         groups = self.targets.values if self.targets and self.targets.classes else None
         inner = hold_out(self.folds["training"], self.place.parent / f"{self.place.name}_selection.json", groups)
-        middle = list(self.counts.values())[(len(self.counts) - 1) // 2]
-        most = min(middle, len(find_cases(inner)["training"]))
+        numbers = [count for most, count in self.counts.items() if most is not None] or [*self.counts.values()]
+        most = min(numbers[len(numbers) // 2], len(find_cases(inner)["training"]))
         settings, found = {"dataset_dir": inner, "num_train_cases": most, "seed": 0}, {}
-        wanted = list(product(self.names, self.rates))
+        # As it starts, a peer knows nothing: it has no head that is fitted.
+        wanted = [(name, rate) for name, rate in product(self.names, self.rates)
+                  if rate or not self.task.contestants[name].overlays]  # fmt: skip
         for _ in range(1 + MOST_BEYOND):
             place = self.place.parent / f"{self.place.name}_selection"
             runs = {(name, rate): self.run(name, rate, place / f"{name}_{rate:g}", settings) for name, rate in wanted}
@@ -153,7 +155,7 @@ def best_rate(found: Mapping[Rate, float], name: str, sign: int) -> float:
 
 def rate_beyond(found: Mapping[Rate, float], name: str, sign: int) -> float | None:
     """Tell the next rate, where a contestant does best at the end of those that it has tried, better than beside it."""
-    rates = sorted(rate for own, rate in found if own == name)
+    rates = sorted(rate for own, rate in found if own == name and rate)  # beyond the start itself there is nothing
     best = best_rate(found, name, sign)
     for end, beside in ((0, 1), (-1, -2)) if len(rates) > 1 else ():
         if best == rates[end] and found[name, best] != found[name, rates[beside]]:

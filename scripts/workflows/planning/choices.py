@@ -25,7 +25,7 @@ COVERAGE = 3  # a crop shows at least this part of a volume's side, else patches
 HOMOGENEOUS = 0.02  # share that spacings may differ by, and still be one
 ANISOTROPIC = 3.0  # ratio of sides from which on the coarse one is taken from the finer volumes (nnU-Net's rule)
 DRAWS = 9600  # of a pre-training on few volumes: that of the quick start
-DRAWS_OF_EACH = 250  # volume, on many: of 120 heads it was better than 80 by four points of a Dice (docs/results.md)
+DRAWS_OF_EACH = 250  # volume, on many: see docs/results.md
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,12 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
         "cache": (cache, f"the prepared volumes take {prepared / 1e9:.2g} GB"),
         "num_workers": (workers, f"of {machine.cores()} cores"),
         "precision": ("auto", "bfloat16 where the device has instructions for it"),
-        # A fresh decoder of label maps learns at a rate of its own.
-        "learning_rate": (f"$0.006 if @recipe == 'segmentation' else {size.learning_rate}", of_size),
+        # The plan lies over the other recipes too, whose rates are their own.
+        "learning_rate": (
+            f"$dict(pretraining={size.learning_rate}, segmentation=0.006, conductor=0.00003).get(@recipe, "
+            f"{min(size.learning_rate, 0.001)})",
+            of_size,
+        ),
         "affine_prob": (0.2, "a short training learns most from volumes as they are"),
         "flip_prob": (0.0, "the same"),
     }
