@@ -57,7 +57,7 @@ def build_pretrained(
         build: makes the network, given ``strict_stem``.
         weights: a file; None, where ``like`` is given: the network stays as it was initialised.
         strict_stem: what the user says, if anything; else it is read off the weights. With none to read off, the stem
-            is strict, as its stages are the better skips.
+            is the default one.
         part: what of the network to fill, such as ``encoder``; default: all of it.
         like: a file, if it is there by now, that the network will be filled with later: its stem is of that kind.
     """
@@ -67,7 +67,7 @@ def build_pretrained(
     if state_dict is not None:
         strict_stem = stem_is_strict(state_dict, weights, strict_stem)
     elif strict_stem is None:
-        strict_stem = not Path(like).is_file() or stem_is_strict(read_weights(like), like)
+        strict_stem = Path(like).is_file() and stem_is_strict(read_weights(like), like)
     network = build(strict_stem=strict_stem)
     fill(getattr(network, part) if part else network, state_dict, weights)
     return network

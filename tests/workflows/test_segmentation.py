@@ -109,8 +109,8 @@ def test_the_kind_of_stem_is_read_off_the_weights_and_others_are_refused(tmp_pat
         assert build_pretrained(build, None, like=tmp_path / "model.pt").strict_stem == strict
         with pytest.raises(ValueError, match="leave strict_stem out"):
             build_pretrained(build, tmp_path / "model.pt", strict_stem=not strict)
-    assert build_pretrained(build, None, like=tmp_path / "nowhere.pt").strict_stem
-    assert not build_pretrained(build, None, strict_stem=False, like=tmp_path / "nowhere.pt").strict_stem
+    assert not build_pretrained(build, None, like=tmp_path / "nowhere.pt").strict_stem
+    assert build_pretrained(build, None, strict_stem=True, like=tmp_path / "nowhere.pt").strict_stem
     with pytest.raises(ValueError, match="give --pretrained"):
         build_pretrained(build, None)
 
