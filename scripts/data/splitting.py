@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ..mistakes import Mistake
 from .describing import Case
 
-__all__ = ["case_seed", "group_cases", "split_cases", "warn_of_shared_patients"]
+__all__ = ["case_seed", "group_cases", "patient_of", "split_cases", "warn_of_shared_patients"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,17 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
     if len(cases) < 2:
         names = ", ".join(case["case"] for case in cases)
         raise Mistake(f"one volume to train on and one to validate on are needed, there is only: {names}")
-    places = {_patient(case): _hash(_patient(case)) / 2**64 for case in cases}
+    places = {patient_of(case): _hash(patient_of(case)) / 2**64 for case in cases}
     if len(places) < 2:
         raise Mistake(
-            f"all {len(cases)} volumes are of one patient, {_patient(cases[0])}, and no patient is both trained and "
+            f"all {len(cases)} volumes are of one patient, {patient_of(cases[0])}, and no patient is both trained and "
             "validated on: add others, or say by --group_by which part of a case's name is the patient"
         )
     ranked = sorted(places, key=places.__getitem__)
     validation = ({name for name in ranked if places[name] < val_fraction} or {ranked[0]}) - {ranked[-1]}
     return {
-        "training": [case for case in cases if _patient(case) not in validation],
-        "validation": [case for case in cases if _patient(case) in validation],
+        "training": [case for case in cases if patient_of(case) not in validation],
+        "validation": [case for case in cases if patient_of(case) in validation],
     }
 
 
@@ -83,7 +83,8 @@ def case_seed(case: str, seed: int) -> int:
     return _hash(f"{seed}/{case}") >> 1  # fits a signed 64-bit integer
 
 
-def _patient(case: Case) -> str:
+def patient_of(case: Case) -> str:
+    """Tell whose a case is; where nobody says so, nobody else's."""
     return case.get("patient") or case["case"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..mistakes import Mistake
 from .describing import Case
 from .layouts import class_name
-from .splitting import case_seed
+from .splitting import case_seed, patient_of
 
 __all__ = ["Targets", "read_targets"]
 
@@ -58,7 +58,7 @@ class Targets:
     @property
     def patients(self) -> dict[str, str]:
         """Whose each training case is, by its name; where nobody says so, nobody else's."""
-        return {case["case"]: case.get("patient") or case["case"] for case in self.training}
+        return {case["case"]: patient_of(case) for case in self.training}
 
     def few(self, most: int, seed: int = 0) -> list[Case]:
         """Choose so many training cases at most, of each class its share and at least one, by a hash of their names."""

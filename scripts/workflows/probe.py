@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from ..data import Targets, labelled, read_targets
+from ..data import Targets, labelled, patient_of, read_targets
 from ..data.describing import Case
 from ..mistakes import reason
 
@@ -318,7 +318,7 @@ def _one_of_each(cases: Iterable[Case]) -> list[Case]:
     """Keep the first case of each patient."""
     first: dict[str, Case] = {}
     for case in cases:
-        first.setdefault(case.get("patient") or case["case"], case)
+        first.setdefault(patient_of(case), case)
     return list(first.values())
 
 

@@ -151,8 +151,9 @@ def linear_head(
     scaler = StandardScaler().fit(embeddings)
     x, owners = scaler.transform(embeddings), np.arange(len(targets)) if patients is None else np.array(patients)
     if outputs == 1:
-        judged = {"cv": _folds_of_numbers(owners), "scoring": "neg_mean_squared_error"}  # a fold may be a single case
-        found = RidgeCV(PENALTIES, **judged).fit(x, targets)
+        # Errors are squared, since a fold may be a single case, of which there is no share of the variance.
+        folds = _folds_of_numbers(owners)
+        found = RidgeCV(PENALTIES, cv=folds, scoring="neg_mean_squared_error").fit(x, targets)
         weight, bias = found.coef_[None], np.array([found.intercept_])
     else:
         places, weights = np.unique(targets), "balanced" if balanced else None

@@ -177,13 +177,7 @@ def test_the_penalty_is_chosen_by_other_patients_not_by_other_scans_of_the_same(
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_a_patient_with_scans_of_both_classes_or_alone_is_no_obstacle(outputs):
     x, y = np.eye(6), np.array([0, 0, 1, 1, 1, 0])
-    for patients in (
-        ["a", "b", "b", "c", "c", "a"],
-        ["a"] * 6,
-        ["a", "a", "b", "b", "b", "a"],
-        [*"abcdef"],
-        [*"aabcde"],
-    ):
+    for patients in ("abbcca", "aaaaaa", "aabbba", "abcdef", "aabcde"):
         weight, bias = linear_head(x, y, outputs, True, [*patients])
         assert np.isfinite(weight).all()
         assert np.isfinite(bias).all()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...data import case_seed, dataset_facts
+from ...data import case_seed, dataset_facts, patient_of
 from ...data.describing import Case
 from ...mistakes import Mistake
 from ...weights import read_record, recorded
@@ -37,7 +37,7 @@ def hold_out(cases: Sequence[Case], path: Path, groups: Mapping[str, Any] | None
     Raises:
         Mistake: when there are too few, or the file is of other cases.
     """
-    patients = {_patient(case): (groups or {}).get(case["case"]) for case in cases}
+    patients = {patient_of(case): (groups or {}).get(case["case"]) for case in cases}
     if len(patients) < 2:
         raise Mistake(f"rates are chosen on held-out training cases: two at least are needed, not {len(patients)}")
     held_out: set[str] = set()
@@ -46,8 +46,8 @@ def hold_out(cases: Sequence[Case], path: Path, groups: Mapping[str, Any] | None
         if len(ranked) > 1:  # of a class that one patient has, there is none to spare
             held_out.update(ranked[: max(1, len(ranked) // 5)])
     folds = {
-        "training": [case for case in cases if _patient(case) not in held_out],
-        "validation": [case for case in cases if _patient(case) in held_out],
+        "training": [case for case in cases if patient_of(case) not in held_out],
+        "validation": [case for case in cases if patient_of(case) in held_out],
     }
     # Paths below the list, so that they and the names that follow from them stay.
     listed = {fold: [_listed(case, path.parent) for case in sorted(its, key=_name)] for fold, its in folds.items()}
@@ -59,10 +59,6 @@ def hold_out(cases: Sequence[Case], path: Path, groups: Mapping[str, Any] | None
 
 def _name(case: Case) -> str:
     return case["case"]
-
-
-def _patient(case: Case) -> str:
-    return case.get("patient") or case["case"]
 
 
 def _listed(case: Case, folder: Path) -> dict[str, Any]:

@@ -103,7 +103,10 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
             of_size,
         ),
         "affine_prob": (0.2, "a short training learns most from volumes as they are"),
-        "flip_prob": ("$0.5 * (@recipe == 'pretraining')", "left and right are alike but for their names"),
+        "flip_prob": (
+            "$0.5 * (@recipe == 'pretraining')",
+            "left and right, in pre-training alone: what is learned later may have a side",
+        ),
     }
 
 
