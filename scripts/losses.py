@@ -1,6 +1,7 @@
 """Reconstruction losses that look at hidden patches only.
 
-To add one, write ``patch_errors`` as :class:`MaskedL2Loss` does, and name the class under ``losses`` in train.yaml.
+To add one, write ``patch_errors`` as :class:`MaskedL2Loss` does, and name the class under ``losses`` in train.yaml. One
+whose network predicts something else than voxels also writes ``as_prediction`` and ``restore``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,14 @@ class MaskedLoss(nn.Module):
             chosen = {name: hidden * groups[name] if name in groups else hidden for name in errors}
             return {name: ((error * chosen[name]).sum(), chosen[name].sum()) for name, error in errors.items()}
 
+    def as_prediction(self, patches: Tensor) -> Tensor:
+        """Tell the prediction that stands for patches of the intensity scale, both ``(B, N, P³·C)``."""
+        return patches
+
+    def restore(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Put predicted patches back on the intensity scale, all ``(B, N, P³·C)``."""
+        return prediction
+
     def tasks(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weight the components: the terms whose sum is the loss."""
         return {name: self.weights[name] * value for name, value in components.items()}
@@ -72,10 +81,12 @@ class MaskedL2Loss(MaskedLoss):
 
     def patch_errors(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return ``l2``."""
-        if self.normalise_target:
-            *_, target = _standardise(target, self.epsilon)
-        difference = prediction - target
+        difference = prediction - self.as_prediction(target)
         return {"l2": torch.linalg.vecdot(difference, difference) / difference.shape[-1]}
+
+    def as_prediction(self, patches: Tensor) -> Tensor:
+        """Standardise patches ``(B, N, P³·C)``, where the target is."""
+        return _standardise(patches, self.epsilon)[2] if self.normalise_target else patches
 
     def restore(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Put predicted patches ``(B, N, P³·C)`` back on the intensity scale, by the statistics of the target's."""
@@ -194,6 +205,18 @@ class SumOfLosses(MaskedLoss):
     def sums(self, prediction: Mapping[str, Tensor], target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return those of all losses."""
         return self._named(lambda loss: loss.sums(prediction, target))
+
+    def as_prediction(self, patches: Tensor) -> Tensor:
+        """Tell the prediction that stands for patches, both ``(B, N, P³·C)``."""
+        for loss in self.losses.values():  # one that changes them stands alone, see `choose_loss`
+            patches = loss.as_prediction(patches)
+        return patches
+
+    def restore(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Put predicted patches back on the intensity scale, all ``(B, N, P³·C)``."""
+        for loss in self.losses.values():
+            prediction = loss.restore(prediction, target)
+        return prediction
 
     def tasks(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weight the components, and add up those of a loss where it is one task."""

@@ -50,6 +50,7 @@ MEANINGS = {
     "baseline_mean": "the same of the mean of the visible patches around",
     "baseline_nearest": "of the nearest visible patch",
     "baseline_blur": "of a blur of the visible voxels",
+    "baseline_loss": "the smallest loss of the three",
     "learning_rate": "at the start of an epoch",
     "structural": "the structural loss, whatever is trained: to compare runs",
     "mse": "squared error on hidden voxels",
@@ -329,8 +330,11 @@ def _quantities(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[t
     for record in records:
         for name in record.keys() - {"epoch", "iteration", "seconds"}:
             fold, quantity = name.split("_", 1) if name.startswith(("train_", "val_")) else ("", name)
-            kind, _, line = quantity.partition("_")
-            quantity, line = ("unexplained", f"{line}, no network") if kind == "baseline" else (quantity, FOLDS[fold])
+            line = FOLDS[fold]
+            if quantity == "baseline_loss":
+                quantity, line = "loss", "without a network"
+            elif quantity.startswith("baseline_"):
+                quantity, line = "unexplained", f"{quantity.removeprefix('baseline_')}, no network"
             if (value := record[name]) is not None:
                 quantities.setdefault(quantity, {}).setdefault(line, []).append((record["epoch"], value))
     return quantities

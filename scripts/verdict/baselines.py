@@ -1,5 +1,6 @@
 """What of the hidden voxels can be told without a network: the figures that a network has to beat."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ..metrics import SumMetric, assemble, over_variance, voxel_mask
+from ..losses import MaskedLoss
+from ..metrics import MaskedLossMetrics, SumMetric, assemble, over_variance, voxel_mask
 from ..networks.patches import patchify
 
 __all__ = ["BaselineMetrics"]
@@ -18,14 +20,20 @@ NEAR = 1e-3  # share of the blur's weight below which a voxel is too far from an
 
 
 class BaselineMetrics(SumMetric):
-    """``mean``, ``nearest`` and ``blur``: what each baseline leaves unexplained, as ``val_unexplained`` of the network.
+    """What each baseline leaves unexplained, as ``val_unexplained`` of the network: ``mean``, ``nearest``, ``blur``.
 
+    And ``loss``, the smallest of their losses, as ``val_loss``. They are measured as a network that says the same.
     The volumes and masks of a validation never change, so neither do these: the first epoch alone is computed.
+
+    Args:
+        loss: that is trained.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loss: MaskedLoss) -> None:
         self.found: dict[str, float] | None = None
-        super().__init__((3 + len(BASELINES),), Keys.IMAGE, Keys.PRED)
+        self.loss_metrics = MaskedLossMetrics(loss)
+        each = 1 + math.prod(self.loss_metrics.shape)  # sums of a baseline
+        super().__init__((3 + each * len(BASELINES),), Keys.IMAGE, Keys.PRED, Keys.LABEL)
 
     def update(self, output: tuple[Any, ...]) -> None:
         """Add one batch of the first epoch."""
@@ -38,18 +46,25 @@ class BaselineMetrics(SumMetric):
             self.found = super().compute()
         return self.found
 
-    def _summands(self, volume: Tensor, prediction: dict[str, Tensor]) -> Tensor:
+    def _summands(self, volume: Tensor, prediction: dict[str, Tensor], target: Tensor) -> Tensor:
         volume, mask = volume.float(), prediction["mae_mask_1d"].bool()
-        hidden = voxel_mask(volume, mask).expand_as(volume)
         visible = prediction["valid_for_masking_mask"].to(mask.device) & ~mask
-        truth = volume[hidden].double()
-        guesses = (baseline(volume, visible)[hidden].double() for baseline in BASELINES.values())
-        errors = [(guess - truth).square().sum() for guess in guesses]
-        return torch.stack([truth.new_tensor(truth.numel()), truth.sum(), truth.square().sum(), *errors])
+        truth = volume[voxel_mask(volume, mask).expand_as(volume)].double()
+        sums = [truth.new_tensor(truth.numel()), truth.sum(), truth.square().sum()]
+        loss = self.loss_metrics.loss
+        for baseline in BASELINES.values():
+            said = loss.as_prediction(patchify(baseline(volume, visible), _patch_size(volume, visible)))
+            sums.append((loss.restore(said, target) - target)[mask].double().square().sum())
+            sums += self.loss_metrics._summands({**prediction, "reconstructed_patches": said}, target).flatten()
+        return torch.stack(sums)
 
     def _figures(self, sums: Tensor) -> dict[str, float]:
-        mean, square, *errors = (sums[1:] / sums[0].item()).tolist()
-        return {name: over_variance(mse, mean, square) for name, mse in zip(BASELINES, errors, strict=True)}
+        number, total, square = sums[:3].tolist()
+        left, losses = {}, []
+        for name, its in zip(BASELINES, sums[3:].view(len(BASELINES), -1), strict=True):
+            left[name] = over_variance(its[0].item() / number, total / number, square / number)
+            losses.append(self.loss_metrics._figures(its[1:].view(self.loss_metrics.shape))["loss"])
+        return left | {"loss": min(losses)}
 
 
 def mean_around(volume: Tensor, visible: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ NOISE = 0.95  # unexplained by the best baseline from which on visible patches s
 NARROW = 2.0  # effective rank below which features have collapsed
 DEAD = 0.5  # share of dead channels above which they have
 ALIKE = 0.995  # cosine between tokens above which they have
-FLAT = 0.03  # relative fall of the unexplained share over the second half of a run below which nothing moves
+MARGIN = 0.03  # relative, by which the loss must be below that of a baseline to count as better
+FLAT = 0.03  # relative fall of the loss over the second half of a run below which nothing moves
 FEW_LOOKS = 4  # validations before which nothing is said of where a run goes
 CURVE = 6  # validations before which it does not say how many epochs are worth it
 GAP = 1.25  # growth of validation loss over training loss from which on a network has learned its volumes by heart
@@ -63,11 +64,19 @@ class Run:
         self.facts, last = facts, records[-1]
         self.epochs = last["epoch"]
         self.ended = self.epochs < facts.max_epochs and not facts.stopped_early  # before its time
-        self.curve = [(one["epoch"], one["val_unexplained"]) for one in records if one["epoch"] > 0]
-        self.curve = [point for point in self.curve if math.isfinite(point[1])]
-        self.left = min((left for _, left in self.curve), default=math.nan)
+        trained = [one for one in records if one["epoch"] > 0 and math.isfinite(one["val_loss"])]
+        self.curve = [(one["epoch"], one["val_loss"]) for one in trained]
+        best = min(
+            trained, key=lambda one: one["val_loss"], default={"val_loss": math.nan, "val_unexplained": math.nan}
+        )
+        self.loss, self.left = best["val_loss"], best["val_unexplained"]
         self.contrast = _contrast(last)
-        self.baseline = min(value for name, value in last.items() if name.startswith("val_baseline_"))
+        self.baseline = min(last[f"val_baseline_{name}"] for name in ("mean", "nearest", "blur"))
+        self.baseline_loss = last.get("val_baseline_loss")
+        # By what is trained: the structural loss trades squared error for structure. Before version 0.9, the records
+        # did not say what loss a baseline has.
+        own, its = (self.left, self.baseline) if self.baseline_loss is None else (self.loss, self.baseline_loss)
+        self.is_better = own < (1 - MARGIN) * its
         looked = [one for one in records if "val_effective_rank" in one]
         self.features = {name: looked[-1].get(f"val_{name}") for name in SPREAD} if looked else {}
         self.gap = _gap([one for one in records if one["epoch"] > 0])
@@ -78,8 +87,8 @@ class Run:
     def figures(self) -> dict[str, float | None]:
         """What the rules looked at, by name."""
         found = {"epochs": self.epochs, "unexplained": self.left, "best_baseline": self.baseline,
-                 "contrast": self.contrast, "gap": self.gap,
-                 "suggested_epochs": self.suggested, **self.features}  # fmt: skip
+                 "loss": self.loss, "best_baseline_loss": self.baseline_loss, "contrast": self.contrast,
+                 "gap": self.gap, "suggested_epochs": self.suggested, **self.features}  # fmt: skip
         return {name: None if value is None or not math.isfinite(value) else value for name, value in found.items()}
 
 
@@ -152,11 +161,11 @@ def over_fitted(run: Run) -> Finding | None:
 
 
 def collapsed(run: Run) -> Finding | None:
-    """Hold where features say the same of all patches, or the error stands still above that of a baseline."""
+    """Hold where features say the same of all patches, or the loss stands still, no better than a baseline's."""
     rank, dead, alike = (run.features.get(name) for name in SPREAD)
     is_narrow = rank is not None and (rank < NARROW or dead > DEAD or alike > ALIKE)
     is_stuck = not run.is_falling
-    if len(run.curve) < FEW_LOOKS or run.left < run.baseline or not (is_narrow or is_stuck):
+    if len(run.curve) < FEW_LOOKS or run.is_better or not (is_narrow or is_stuck):
         return None
     spread = ""
     if rank is not None:
@@ -165,30 +174,25 @@ def collapsed(run: Run) -> Finding | None:
             f"between two tokens of a volume is {alike:.3f}."
         )
     words = (
-        f"after {run.epochs} epochs the network explains hidden voxels no better than what needs no network "
-        f"({run.left:.2f} unexplained, where that leaves {run.baseline:.2f}), and does not get on.{spread} "
-        "A rate that is too high does this: start anew with a third of the learning_rate."
+        f"after {run.epochs} epochs the network is no better than what needs no network, and makes no progress: "
+        f"{_standing(run)}.{spread} A rate that is too high does this: start anew with a third of the learning_rate."
     )
     return Finding("collapsed", words, "learning_rate")
 
 
 def under_trained(run: Run) -> Finding | None:
-    """Hold where the run ended before its time, or its curve falls on."""
+    """Hold where the run ended before its time, its curve falls on, or it is no better than a baseline."""
     is_short = run.suggested is not None and run.suggested > SHORT * run.epochs
-    if not (run.ended or is_short or run.left >= run.baseline):
+    if not (run.ended or is_short or not run.is_better):
         return None
     done = f"{run.epochs} of {run.facts.max_epochs} epochs are done" if run.ended else f"{run.epochs} epochs were few"
-    beside = "less than" if run.left < run.baseline else "no less than"
-    words = (
-        f"{done}. The network leaves {run.left:.2f} of the variance of hidden voxels unexplained, {beside} what needs "
-        f"no network ({run.baseline:.2f}).{_advice(run)}"
-        + (
-            " --resume true does the rest."
-            if run.ended
-            else " Start anew with a larger early_stop_patience."
-            if run.facts.stopped_early
-            else " Start anew with more max_epochs: the rate ends with them."
-        )
+    beside = "better" if run.is_better else "no better"
+    words = f"{done}. The network is {beside} than what needs no network: {_standing(run)}.{_advice(run)}" + (
+        " --resume true does the rest."
+        if run.ended
+        else " Start anew with a larger early_stop_patience."
+        if run.facts.stopped_early
+        else " Start anew with more max_epochs: the rate ends with them."
     )
     knob = "resume" if run.ended else "early_stop_patience" if run.facts.stopped_early else "max_epochs"
     return Finding("under-trained", words, knob)
@@ -201,8 +205,8 @@ def healthy(run: Run) -> Finding:
         rank, dead, _ = (run.features[name] for name in SPREAD)
         spread = f" The features vary along {rank:.0f} directions, and {dead:.0%} of their channels are dead."
     words = (
-        f"the network leaves {run.left:.2f} of the variance of hidden voxels unexplained, where what needs no network "
-        f"leaves {run.baseline:.2f}, and does so on volumes that it has not trained on.{spread}{_advice(run)}"
+        f"on volumes that it has not trained on, the network is better than what needs no network: {_standing(run)}."
+        f"{spread}{_advice(run)}"
     )
     return Finding("healthy", words, None)
 
@@ -233,11 +237,19 @@ def suggested_epochs(curve: Sequence[tuple[float, float]]) -> int:
     return round(enough[0] if len(enough) else candidates[-1])
 
 
+def _standing(run: Run) -> str:
+    left = f"{run.left:.2f} of the variance of hidden voxels unexplained against {run.baseline:.2f}"
+    if run.baseline_loss is None:
+        return left
+    beside = "and" if run.is_better == (run.left < run.baseline) else "although with"
+    return f"a loss of {run.loss:.4g} against {run.baseline_loss:.4g}, {beside} {left}"
+
+
 def _advice(run: Run) -> str:
     if run.suggested is None:
         return " It has too few validations to say how many epochs it takes."
     if run.suggested <= 1.05 * run.epochs:
-        return "" if run.ended else " By its curve, more epochs would bring little."
+        return "" if run.ended or not run.is_better else " By its curve, more epochs would bring little."
     return f" By its curve, at least {run.suggested} epochs are worth it."
 
 
@@ -251,10 +263,10 @@ def _contrast(record: Mapping[str, Any]) -> float:
 
 
 def _fall(curve: Sequence[tuple[float, float]]) -> float:
-    """How far the unexplained share fell over the second half of the epochs, relative to where that began."""
-    epochs, left = np.array(curve, dtype=float).T
-    middle = np.interp(epochs[-1] / 2, epochs, left)
-    return float(1 - left[epochs > epochs[-1] / 2].min() / middle) if middle > 0 else 0.0
+    """How far the loss fell over the second half of the epochs, relative to where that began."""
+    epochs, loss = np.array(curve, dtype=float).T
+    middle = np.interp(epochs[-1] / 2, epochs, loss)
+    return float(1 - loss[epochs > epochs[-1] / 2].min() / middle) if middle > 0 else 0.0
 
 
 def _gap(records: Sequence[Mapping[str, Any]]) -> float | None:

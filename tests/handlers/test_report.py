@@ -85,8 +85,8 @@ def test_the_page_of_a_training_says_what_came_out_of_what(tmp_path, warned):
     assert "All 3 knobs" in page
 
 
-JUDGED = {"val_baseline_mean": 0.9, "val_baseline_nearest": 0.9, "val_baseline_blur": 0.9, "val_effective_rank": 9.0,
-          "val_psnr": 10.0, "val_dead_channels": 0.0, "val_token_cosine": 0.5}  # fmt: skip
+JUDGED = {f"val_baseline_{name}": 0.9 for name in ("mean", "nearest", "blur", "loss")}
+JUDGED |= {"val_psnr": 10.0, "val_effective_rank": 9.0, "val_dead_channels": 0.0, "val_token_cosine": 0.5}
 
 
 def test_a_pre_training_is_judged_on_its_page_in_a_file_and_in_the_log(tmp_path, caplog):
@@ -101,6 +101,7 @@ def test_a_pre_training_is_judged_on_its_page_in_a_file_and_in_the_log(tmp_path,
     assert "directions along which the features vary" in features
     assert "effective rank" not in curves
     assert "<title>blur, no network epoch 2: 0.9</title>" in curves
+    assert "<title>without a network epoch 2: 0.9</title>" in curves
 
 
 def test_other_runs_get_no_verdict(tmp_path, caplog):

@@ -5,8 +5,9 @@ import torch
 from conftest import noise
 from ignite.engine import Engine
 
-from scripts.metrics import HiddenVoxelMetrics, voxel_mask
-from scripts.networks import unpatchify
+from scripts.losses import MaskedL2Loss, StructuralLoss, choose_loss
+from scripts.metrics import HiddenVoxelMetrics, MaskedLossMetrics, voxel_mask
+from scripts.networks import patchify, unpatchify
 from scripts.verdict import BaselineMetrics
 from scripts.verdict.baselines import BASELINES
 
@@ -27,16 +28,29 @@ def measured(metric, *batches):
     return dict(engine.run(batches).metrics["all"])
 
 
-def batch(seed=0, volumes=2):
-    volume = noise(volumes, 1, 16, 16, 16, seed=seed).cumsum(dim=2)
-    hidden = torch.rand(volumes, 64, generator=torch.Generator().manual_seed(seed)) > 0.25
-    valid = torch.rand(volumes, 64, generator=torch.Generator().manual_seed(seed + 1)) > 0.1
+def batch(seed=0, channels=1):
+    volume = noise(2, channels, 16, 16, 16, seed=seed).cumsum(dim=2)
+    hidden = torch.rand(2, 64, generator=torch.Generator().manual_seed(seed)) > 0.25
+    valid = torch.rand(2, 64, generator=torch.Generator().manual_seed(seed + 1)) > 0.1
     prediction = {
         "mae_mask_1d": (hidden & valid).float(),
         "valid_for_masking_mask": valid,
         "reconstructed_cube": volume,
     }
-    return {"image": volume, "pred": prediction}
+    return {"image": volume, "pred": prediction, "label": patchify(volume, 4)}
+
+
+def visible(one):
+    """Which patches of a batch can be seen, ``(B, N)`` bool."""
+    return one["pred"]["valid_for_masking_mask"] & ~one["pred"]["mae_mask_1d"].bool()
+
+
+def losses_of(channels):
+    return {
+        "l2": MaskedL2Loss(),
+        "normalised_l2": MaskedL2Loss(normalise_target=True),
+        "structural": StructuralLoss(4, channels, 4),
+    }
 
 
 def test_the_mean_is_that_of_the_visible_patches_around_and_far_from_them_that_of_all():
@@ -62,23 +76,46 @@ def test_the_blur_goes_smoothly_from_one_visible_patch_to_the_next():
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_no_baseline_sees_a_hidden_voxel(name):
-    one, prediction = batch()["image"], batch()["pred"]
-    visible = prediction["valid_for_masking_mask"] & ~prediction["mae_mask_1d"].bool()
-    changed = torch.where(voxel_mask(one, visible), one, 99.0)
-    assert torch.equal(BASELINES[name](one, visible), BASELINES[name](changed, visible))
+    one, seen = batch()["image"], visible(batch())
+    changed = torch.where(voxel_mask(one, seen), one, 99.0)
+    assert torch.equal(BASELINES[name](one, seen), BASELINES[name](changed, seen))
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_is_measured_as_a_network_that_says_the_same(name):
     batches = [batch(0), batch(3)]
-    found = measured(BaselineMetrics(), *batches)[name]
+    found = measured(BaselineMetrics(MaskedL2Loss()), *batches)[name]
     for one in batches:
-        visible = one["pred"]["valid_for_masking_mask"] & ~one["pred"]["mae_mask_1d"].bool()
-        one["pred"]["reconstructed_cube"] = BASELINES[name](one["image"], visible)
+        one["pred"]["reconstructed_cube"] = BASELINES[name](one["image"], visible(one))
     assert found == pytest.approx(measured(HiddenVoxelMetrics(2.0), *batches)["unexplained"])
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("chosen", ["l2", "normalised_l2", "structural", "l2+structural"])
+def test_the_loss_to_beat_is_the_smallest_of_networks_that_say_what_baselines_do(chosen, channels):
+    loss, batches, losses = choose_loss(chosen, losses_of(channels)), [batch(0, channels), batch(3, channels)], []
+    found = measured(BaselineMetrics(loss), *batches)["loss"]
+    for baseline in BASELINES.values():
+        for one in batches:
+            patches = patchify(baseline(one["image"], visible(one)), 4)
+            if chosen == "normalised_l2":  # such a network predicts standardised patches
+                patches = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, False, True) + 1e-6).sqrt()
+            one["pred"]["reconstructed_patches"] = patches
+        losses.append(measured(MaskedLossMetrics(loss), *batches)["loss"])
+    assert found == pytest.approx(min(losses), rel=1e-4)
+    assert max(losses) > 1.01 * found
+
+
+def test_what_a_network_is_told_of_hidden_patches_a_baseline_is_told_too():
+    # With a normalised target, a prediction is put back by the target's own mean and deviation, see RestoreIntensities.
+    one, loss = batch(), losses_of(1)["normalised_l2"]
+    found = measured(BaselineMetrics(choose_loss("normalised_l2", losses_of(1))), one)
+    means = loss.restore(torch.zeros_like(one["label"]), one["label"])  # what the mean of visible patches around says
+    one["pred"]["reconstructed_cube"] = unpatchify(means, 4, (4, 4, 4))
+    assert found["mean"] == pytest.approx(measured(HiddenVoxelMetrics(2.0), one)["unexplained"], rel=1e-4)
+
+
 def test_baselines_are_computed_once():
-    metric = BaselineMetrics()
+    metric = BaselineMetrics(MaskedL2Loss())
     first = measured(metric, batch(0))
-    assert measured(metric, {"image": None, "pred": None}) == first
+    assert measured(metric, {"image": None, "pred": None, "label": None}) == first

@@ -156,6 +156,10 @@ def test_figures_and_verdict_are_in_every_record_of_a_run(cohort, tmp_path):
     lines = records(tmp_path)
     assert ["val_effective_rank" in line for line in lines] == [True, False, True]
     assert all(line["val_baseline_blur"] == lines[0]["val_baseline_blur"] for line in lines)
+    best = min(lines[0][f"val_baseline_{name}"] for name in ("mean", "nearest", "blur"))  # the loss is a squared error
+    assert lines[0]["val_baseline_loss"] / best == pytest.approx(
+        lines[0]["val_loss"] / lines[0]["val_unexplained"], rel=1e-4
+    )
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").rglob("events*"))
     assert b"val_effective_rank" in events
     assert b"val_baseline_blur" in events

@@ -131,6 +131,32 @@ def test_an_error_that_stands_still_above_a_blur_has_collapsed_without_a_look_at
     assert verdict(made([0.5] * 6)).name == "healthy"
 
 
+def test_a_network_is_judged_by_what_is_trained_also_where_its_squared_error_is_above_a_blurs():
+    structural = verdict(made([0.65] * 6, val_baseline_loss=0.7))
+    assert structural.name == "healthy"
+    assert "a loss of 0.65 against 0.7, although with 0.65 of the variance" in structural.paragraph
+    assert verdict(made([0.55] * 6, val_baseline_loss=0.5)).name == "collapsed"
+    assert "a loss of 0.3" in verdict(made(falling(), val_baseline_loss=0.4)).paragraph
+    short = verdict(made(falling(), val_baseline_loss=0.2))
+    assert short.name == "under-trained"
+    assert "would bring little" not in short.paragraph
+
+
+@pytest.mark.parametrize(("loss", "name"), [(0.69, "collapsed"), (0.67, "healthy")])
+def test_a_network_that_says_the_same_of_all_patches_is_no_better_by_a_hair(loss, name):
+    assert verdict(made([loss] * 6, val_baseline_loss=0.7)).name == name
+
+
+def test_figures_of_loss_and_voxels_are_those_of_one_network():
+    records = [line | {"val_unexplained": left} for line, left in zip(made(falling()), range(1, 21), strict=True)]
+    assert verdict(records).figures["unexplained"] == 20
+
+
+def test_a_curve_is_that_of_what_is_trained():
+    records = [line | {"val_unexplained": 0.5} for line in made(falling(span=10.0))]
+    assert verdict(records).figures["suggested_epochs"] == verdict(made(falling(span=10.0))).figures["suggested_epochs"]
+
+
 def test_a_gap_that_was_there_from_the_start_is_no_over_fitting():
     curve = falling()
     apart = [value / 2 for value in curve]
