@@ -19,6 +19,7 @@ DEAD = 0.5  # share of dead channels above which they have
 ALIKE = 0.995  # cosine between tokens above which they have
 MARGIN = 0.03  # relative, by which the loss must be below that of a baseline to count as better
 FLAT = 0.03  # relative fall of the loss over the second half of a run below which nothing moves
+FAST = 0.2  # the same, from which on features that are narrow are no sign of a collapse
 FEW_LOOKS = 4  # validations before which nothing is said of where a run goes
 CURVE = 6  # validations before which it does not say how many epochs are worth it
 GAP = 1.25  # growth of validation loss over training loss from which on a network has learned its volumes by heart
@@ -80,7 +81,7 @@ class Run:
         looked = [one for one in records if "val_effective_rank" in one]
         self.features = {name: looked[-1].get(f"val_{name}") for name in SPREAD} if looked else {}
         self.gap = _gap([one for one in records if one["epoch"] > 0])
-        self.is_falling = len(self.curve) < FEW_LOOKS or _fall(self.curve) >= FLAT
+        self.fall = _fall(self.curve) if self.curve else 0.0  # of the loss, relative, over the second half
         self.suggested = suggested_epochs(self.curve) if len(self.curve) >= CURVE else None
 
     @property
@@ -164,8 +165,8 @@ def collapsed(run: Run) -> Finding | None:
     """Hold where features say the same of all patches, or the loss stands still, no better than a baseline's."""
     rank, dead, alike = (run.features.get(name) for name in SPREAD)
     is_narrow = rank is not None and (rank < NARROW or dead > DEAD or alike > ALIKE)
-    is_stuck = not run.is_falling
-    if len(run.curve) < FEW_LOOKS or run.is_better or not (is_narrow or is_stuck):
+    # Features that are narrow for some epochs widen again where the loss falls fast: the structural one has it so.
+    if len(run.curve) < FEW_LOOKS or run.is_better or run.fall >= (FAST if is_narrow else FLAT):
         return None
     spread = ""
     if rank is not None:

@@ -41,6 +41,7 @@ def verdict(records, max_epochs=None, **facts):
     ("run", "name", "knob"),
     [
         ("healthy", "healthy", None),
+        ("structural", "healthy", None),
         ("stopped_early", "under-trained", "resume"),
         ("rate_ten_times_too_high", "collapsed", "learning_rate"),
         ("constant_volumes", "too easy", "field_of_view"),
@@ -58,6 +59,15 @@ def test_the_verdict_on_a_recorded_run_is_right(run, name, knob):
 def test_a_healthy_run_that_is_stopped_is_under_trained_whenever_that_is(done):
     records = [line | BASELINES for line in RUNS["healthy"]["records"][:done]]
     assert verdict(records, max_epochs=100).name == "under-trained"
+
+
+@pytest.mark.parametrize("looks", range(2, 13))
+def test_a_structural_run_is_no_collapse_on_its_way(looks):
+    # Its features vary along one direction alone after 20 epochs, where its loss is still that of a baseline, and after
+    # 40 and 60 it leaves more of the voxels unexplained than a blur.
+    found = verdict(RUNS["structural"]["records"][:looks], max_epochs=200)
+    assert found.name == "under-trained"
+    assert ("The network is better" in found.paragraph) == (looks > 4)
 
 
 def test_a_run_that_stopped_by_itself_is_not_under_trained():
