@@ -208,7 +208,7 @@ def _choose_knobs(pretrained: str | None, overlays: Sequence[str], given: Mappin
     if pretrained is not None:
         knobs["strict_stem"] = stem_is_strict(read_weights(pretrained), pretrained, given.get("strict_stem"))
     elif knobs["strict_stem"] is None:
-        knobs["strict_stem"] = True  # its stages are the better skips
+        knobs["strict_stem"] = False  # the default stem's stages are the better skips
     return knobs
 
 

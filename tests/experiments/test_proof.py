@@ -124,6 +124,8 @@ def test_rates_are_chosen_by_the_scores_and_time_is_shared_out_fairly(training, 
     }
     short = runs["bertswin_tenth", 1].knobs
     assert (short["seed"], short["batch_size"], short["iterations_per_epoch"]) == (1, 1, 160)
+    # What is compared is the squared error, whatever loss a plan among the overlays proposes.
+    assert {(run.knobs["loss"], run.knobs["field_of_view"]) for run in runs.values()} == {("l2", "none")}
 
 
 def test_training_volumes_are_divided_without_those_of_the_validation(experiments, tmp_path):

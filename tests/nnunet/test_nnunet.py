@@ -97,6 +97,11 @@ def test_settings_of_the_network_are_read_beside_its_weights(plans, tmp_path):
     assert _choose_knobs(str(tmp_path / "alone.safetensors"), (), {})["spacing"] == [1, 2, 3]
 
 
+def test_random_weights_have_the_default_stem_whose_stages_are_the_better_skips():
+    assert _choose_knobs(None, (), {})["strict_stem"] is False
+    assert _choose_knobs(None, (), {"strict_stem": "true"})["strict_stem"] is True
+
+
 @pytest.mark.parametrize("content", ["[]", '{"seen": []}', '{"network": null}'])
 def test_weights_with_no_record_of_their_settings_take_those_of_the_configs(tmp_path, content):
     torch.save(tiny().state_dict(), tmp_path / "model.pt")

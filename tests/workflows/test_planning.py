@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import yaml
 from conftest import bundle, train, write_volume
+from monai.bundle import ConfigParser
 
 from scripts.data import Index
 from scripts.mistakes import Mistake
 from scripts.workflows import Cohort, about_schedule, grid_of, look_at, spacing_of
-from scripts.workflows.planning.choices import WINDOWS
+from scripts.workflows.planning.choices import WINDOWS, about_network
 
 
 def facts_of(shape, spacing, order=(0, 1, 2)):
@@ -44,6 +45,19 @@ def test_many_volumes_are_drawn_250_times_each_and_few_for_as_long_as_the_quick_
         return schedule["max_epochs"] * schedule["iterations_per_epoch"] * 4
 
     assert [drawn(count) for count in (8, 122, 1000)] == [9600, 191 * 160, 250_000]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "rate"),
+    [("pretraining", "structural", 0.0015), ("conductor", "structural", 0.00003), ("stem_tuning", "l2", 0.001),
+     ("segmentation", "l2", 0.006), ("classification", "l2", 0.001)],
+)  # fmt: skip
+def test_a_plan_that_lies_over_another_recipe_leaves_it_its_loss_and_rate(recipe, loss, rate, tmp_path):
+    facts = [facts_of((50, 60, 70), (2.0, 2.0, 2.0))] * 5
+    cohort = Cohort([], [], "mr", 1, [], facts, {"training": [{}] * 4, "validation": [{}]}, True)
+    settings = {name: value for name, (value, _) in about_network(cohort, "cpu", tmp_path).items()}
+    parser = ConfigParser(settings | {"recipe": recipe})
+    assert (parser.get_parsed_content("loss"), parser.get_parsed_content("learning_rate")) == (loss, rate)
 
 
 def test_of_thick_slices_the_finer_volumes_count():

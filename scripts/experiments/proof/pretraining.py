@@ -77,8 +77,8 @@ class Pretraining:
         config = ConfigParser.load_config_files(files) | self.knobs
         steps = config["iterations_per_epoch"] and config["batch_size"] * config["iterations_per_epoch"]
         short = {"batch_size": 1, "accumulation_steps": 1, "iterations_per_epoch": steps} if about.one_in else {}
-        # MONAI's ViT-MAE hides any patch, and all are compared with the same masks.
-        return {"field_of_view": "none", **about.knobs, **self.knobs, **short}
+        # MONAI's ViT-MAE hides any patch, and all are compared with the same masks, by the squared error.
+        return {"field_of_view": "none", "loss": "l2", **about.knobs, **self.knobs, **short}
 
     def _allowed_epochs(self, name: str, seconds: Mapping[str, float]) -> int:
         """As many as fit in BertsWin's time; it has as many as were asked for, and no other network has fewer."""

@@ -102,6 +102,10 @@ def about_network(cohort: Cohort, device: str, folder: Path) -> Settings:
             f"{min(size.learning_rate, 0.001)})",
             of_size,
         ),
+        "loss": (
+            "$'structural' if @recipe in ('pretraining', 'conductor') else 'l2'",
+            "on heads its features segment better than those of the squared error; those of l2 rebuild voxels better",
+        ),
         "affine_prob": (0.2, "a short training learns most from volumes as they are"),
         "flip_prob": (
             "$0.5 * (@recipe == 'pretraining')",
