@@ -70,9 +70,8 @@ def test_what_this_process_and_the_processes_that_load_use_is_its_own():
         pytest.skip("this system does not say")
     before = machine.core_seconds().own
     burn(0.2)
-    assert (
-        round(machine.core_seconds().own - before, 2) >= 0.19
-    )  # whole ticks: 89.35 - 89.16 is a little less than 0.19
+    # In whole ticks: 89.35 - 89.16 is a little less than 0.19.
+    assert round(machine.core_seconds().own - before, 2) >= 0.19
     child = multiprocessing.get_context("fork").Process(target=burn, args=(0.5,))
     child.start()
     time.sleep(0.05)
