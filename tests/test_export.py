@@ -93,6 +93,23 @@ def test_encoders_and_what_stands_on_them_can_be_scripted(blockwise_norm, tmp_pa
             torch.testing.assert_close(loaded(several), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("blockwise_norm", [False, True])
+def test_a_scripted_network_can_be_cast_to_another_precision(blockwise_norm):
+    torch.manual_seed(3)
+    encoder = bertswin_mae_small_patch8_48x64x48(strict_stem=blockwise_norm, blockwise_norm=blockwise_norm).encoder
+    for block in encoder.swin.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)  # new ones are all but zero
+    several = noise(2, 1, 48, 64, 48).double()
+    for network in (SegmentationNetwork(encoder, out_channels=3, feature_size=4), encoder):
+        scripted = torch.jit.script(copy.deepcopy(network).eval()).double()  # casts what it was made of, too
+        with torch.no_grad():
+            exact = copy.deepcopy(network).double()(several)
+            torch.testing.assert_close(scripted(several), exact, rtol=1e-9, atol=1e-9)
+            coarse = scripted.to(torch.bfloat16)(several.bfloat16())
+        assert coarse.dtype == torch.bfloat16
+        assert (coarse.double() - exact).std() < 0.1 * exact.std()
+
+
 def test_onnx_export_agrees_with_onnxruntime(weights, encoder, volume, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     result = bundle(

@@ -107,7 +107,8 @@ class SwinBlock(SwinTransformerBlock):
         """Attention within each window, ``(B · windows, n, 3C)`` to ``(B · windows, n, C)``."""
         query, key, value = rearrange(qkv, "b n (qkv heads c) -> qkv b heads n c", qkv=3, heads=self.num_heads)
         table, index = self.attn.relative_position_bias_table, self.attn.relative_position_index
-        bias = table.t().index_select(1, index.flatten()).unflatten(1, index.shape).to(qkv.dtype)  # (heads, n, n)
+        bias = table.t().index_select(1, index.flatten()).unflatten(1, index.shape)  # (heads, n, n)
+        bias = bias.type_as(qkv)  # .to(qkv.dtype) would trace to a constant, and an export keep it when it is cast
         if any(self.shift_size):
             # Minus infinity, where MONAI has -100: its exponential is denormal, which costs a hundred times a zero.
             bias = bias.masked_fill(self.attn_mask[:, None], -math.inf)  # (windows, heads, n, n)
