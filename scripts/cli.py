@@ -90,14 +90,15 @@ def check_knobs(weights: str = "pretrained") -> None:
         raise RuntimeError("check_knobs works inside a MONAI bundle config only")
     _fit_tracking(parser)
     given, recipe = overridden() - TRACKING_KNOBS, parser.get("recipe", "inference")
+    nulls = _nulls()
     files, defaults = as_published(parser, recipe)
     # An overlay may serve several workflows.
     passed = {"_meta_", *TRACKING_KNOBS, *as_published(parser, "pretraining")[1]}
     changes = {}
-    for name, value in parser.get().items():
+    for name, value in (parser.get() | nulls).items():
         if name in defaults:
             checked = read(name, value, defaults[name])
-            changes |= {name: checked} if repr(checked) != repr(value) else {}
+            changes |= {name: checked} if repr(checked) != repr(parser.get(name)) else {}
         elif name not in passed - given and not _is_referenced(name, parser.get()):
             raise Mistake(_unknown(name, defaults, files[-1]))
     for name, instead in MOVED.items():
@@ -109,12 +110,7 @@ def check_knobs(weights: str = "pretrained") -> None:
 
 def overridden() -> set[str]:
     """Name what stands on the command line, even if it is what the config says anyway."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is monai.bundle.scripts.run.__code__:
-            return set(frame.f_locals["override"])
-        frame = frame.f_back
-    return set()
+    return set(_overrides())
 
 
 def as_published(parser: ConfigParser, recipe: str | None = None) -> tuple[list[str], dict[str, Any]]:
@@ -237,6 +233,24 @@ def _is_for_this_rank_to_say() -> bool:
 def _is_workflow(steps: Any) -> bool:
     first = steps[0] if isinstance(steps, list) and steps else None
     return isinstance(first, dict) and str(first.get("_target_")).endswith(f".{check_knobs.__name__}")
+
+
+def _overrides() -> dict[str, Any]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is monai.bundle.scripts.run.__code__:
+            return frame.f_locals["override"]
+        frame = frame.f_back
+    return {}
+
+
+def _nulls() -> dict[str, None]:
+    """Find what is null on the command line as Python spells it: MONAI takes a None for an override that is not there.
+
+    So it is in a program's call of :func:`monai.bundle.run`.
+    """
+    given = _overrides() if parallel.is_bundle_command() else {}
+    return {name: None for name, value in given.items() if value is None and name.isidentifier()}
 
 
 def _fit_tracking(parser: ConfigParser) -> None:

@@ -210,13 +210,17 @@ def test_the_command_line_speaks_yaml(tmp_path):
         write_volume(tmp_path / "data" / f"{number}.nii.gz", seed=number)
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("learning_rate: 1e-4\n")
-    knobs = {"spacing": "null", "clip_norm": "Null", "iterations_per_epoch": "NULL", "pretrained": "~"}
+    knobs = {"spacing": "Null", "clip_norm": "None", "iterations_per_epoch": "NULL", "pretrained": "~"}
     knobs |= {"modality": "MRI", "max_epochs": 1, "cache": "none", "field_of_view": "none", "num_workers": 0}
     settings = knobs | {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out"}
     result = train("train.yaml", "small.yaml", str(overlay), **settings)
     assert result.returncode == 0, result.stderr
     assert '"learning_rate": 0.0001' in (tmp_path / "out" / "metrics.jsonl").read_text()
-    refused = train(**settings | {"batch_size": "null"})
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1] == "error: batch_size is null but must be of type int, for example 10"
+    assert "clip_norm</td><td>null</td>" in (tmp_path / "out" / "report.html").read_text()
+    for null in ("null", "None"):
+        refused = train(**settings | {"batch_size": null})
+        assert refused.returncode == 1
+        assert refused.stderr.splitlines()[-1] == "error: batch_size is null but must be of type int, for example 10"
+    unknown = train(**settings | {"batchsize": "None"})
+    assert "there is no knob called batchsize" in unknown.stderr.splitlines()[-1]
     assert TINY_KNOBS["batch_size"] == 2
