@@ -19,6 +19,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from . import weights
+from .knobs import read
 from .mistakes import Mistake, command
 from .networks import BertsWinMAE
 
@@ -69,6 +70,7 @@ def widen(source: str, target: str, in_chans: int, spread: str) -> None:
     ``spread`` says how the stem's first kernel is spread: ``mean`` gives every channel an equal share, ``first`` gives
     all to the first one; see :func:`~bertswin_mae.weights.widen`.
     """
+    in_chans = read("in_chans", in_chans, 1)
     wide = weights.widen(weights.read_weights(source), in_chans, spread)
     record = weights.read_record(source)
     network = weights.recorded(record, "network") | {"in_chans": in_chans}
@@ -89,9 +91,12 @@ def _save(state_dict: dict[str, Tensor], record: dict[str, Any], target: str) ->
     if Path(target).suffix == ".safetensors":
         weights.save(state_dict, target, head={"record": json.dumps(record)})
         return
-    weights.save(state_dict, target)
+    beside = Path(target).with_suffix(".json")
     if record:
         weights.write_record(record, target)
+    elif weights.read_record(target):
+        raise Mistake(f"{beside} tells of other weights than those that {target} would hold: choose another name")
+    weights.save(state_dict, target)
 
 
 def _filled(network: BertsWinMAE, state_dict: Mapping[str, Tensor], source: str) -> BertsWinMAE:
@@ -107,7 +112,8 @@ def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> Ber
         raise Mistake(f"there is no config at {missing[0]}")
     if unknown := overrides.keys() - NETWORK_KNOBS:
         raise Mistake(f"there is no knob {min(unknown)} of the network: it has {', '.join(NETWORK_KNOBS)}")
-    knobs = ConfigParser.load_config_files(files) | overrides
+    knobs = ConfigParser.load_config_files(files)
+    knobs |= {name: read(name, value, knobs.get(name)) for name, value in overrides.items()}
     settings = {name: knobs[name] for name in NETWORK_KNOBS if name in knobs}
     depth, num_heads = settings.pop("encoder_depth"), settings.pop("encoder_num_heads")
     return BertsWinMAE(encoder_depths=[depth], encoder_num_heads=[num_heads], **settings)

@@ -11,7 +11,7 @@ from ..mistakes import Mistake
 from .checks import check_cases, check_labels, without_copies
 from .describing import Case
 from .index import Index, case_files
-from .layouts import read_dataset
+from .layouts import UNNAMED, Folds, read_dataset
 from .splitting import case_seed, group_cases, split_cases, warn_of_shared_patients
 
 __all__ = ["divide", "find_cases", "labelled", "labelled_folds", "list_cases", "prepare_cases"]
@@ -84,9 +84,10 @@ def find_cases(
     Raises:
         Mistake: when nothing is there, a case is incomplete, or two share one name.
     """
-    if dataset_dir is None:
-        raise Mistake("give --dataset_dir, a folder of volumes or a datalist JSON")
-    folds = read_dataset(dataset_dir, contrasts, index and index.remember)
+    folds = _read(dataset_dir, contrasts, index)
+    if unnamed := folds.pop(UNNAMED, []):
+        names = ", ".join(case["case"] for case in unnamed[:5])
+        logger.warning("left out %d cases that the split of %s does not name: %s", len(unnamed), dataset_dir, names)
     listed = [case for fold in folds.values() for case in fold]
     lacking = [f"{case['case']} lacks {case['lacks']}" for case in listed if "lacks" in case]
     if lacking and not skip_invalid:
@@ -98,14 +99,25 @@ def find_cases(
     for line in lacking:
         logger.warning("left out %s", line)
     if len(lacking) == len(listed):
-        raise Mistake(f"{dataset_dir} holds no volume" + (": all cases are incomplete" if lacking else ""))
-    if twins := [name for name, count in Counter(case["case"] for case in listed).items() if count > 1]:
+        raise Mistake(f"{dataset_dir} holds no volume to train on: all cases are incomplete, or named in no fold")
+    folds = {fold: [case for case in cases if "lacks" not in case] for fold, cases in folds.items()}
+    return folds if group_by is None else {fold: group_cases(cases, group_by) for fold, cases in folds.items()}
+
+
+def _read(dataset_dir: str | Path | None, contrasts: str | Sequence[str] | None, index: Index | None = None) -> Folds:
+    """Read all cases of a dataset, whose names must differ."""
+    if dataset_dir is None:
+        raise Mistake("give --dataset_dir, a folder of volumes or a datalist JSON")
+    folds = read_dataset(dataset_dir, contrasts, index and index.remember)
+    counts = Counter(case["case"] for fold in folds.values() for case in fold)
+    if not counts:
+        raise Mistake(f"{dataset_dir} holds no volume")
+    if twins := [name for name, count in counts.items() if count > 1]:
         names = ", ".join(twins[:5])
         raise Mistake(
             f"{dataset_dir} has several volumes named {names}: each may be there once, in one list and one format"
         )
-    folds = {fold: [case for case in cases if "lacks" not in case] for fold, cases in folds.items()}
-    return folds if group_by is None else {fold: group_cases(cases, group_by) for fold, cases in folds.items()}
+    return folds
 
 
 def divide(folds: dict[str, list[Case]], kept: Sequence[Case], val_fraction: float) -> dict[str, list[Case]]:
@@ -121,18 +133,21 @@ def divide(folds: dict[str, list[Case]], kept: Sequence[Case], val_fraction: flo
 def list_cases(
     dataset_dir: str | Path | None, contrasts: str | Sequence[str] | None = None, output_dir: str | Path | None = None
 ) -> list[Case]:
-    """List all volumes of a dataset, of every fold, but incomplete ones; see :func:`find_cases`.
+    """List all volumes of a dataset, of every fold and of none; see :func:`find_cases`.
+
+    Those that lack a channel or a contrast say so under ``lacks``: to load them is a Mistake.
 
     Raises:
-        Mistake: where what is written to ``output_dir`` could replace a volume, or be found as one the next time.
+        Mistake: where what is written to ``output_dir`` could replace a volume or a label map, or be found as a volume
+            the next time.
     """
-    cases = [case for fold in find_cases(dataset_dir, contrasts, skip_invalid=True).values() for case in fold]
+    cases = [case for fold in _read(dataset_dir, contrasts).values() for case in fold]
     if output_dir is not None:
         given = Path(str(dataset_dir)).expanduser()
         while not given.exists():  # a pattern: what stands before its wildcards
             given = given.parent
         source, output = given.resolve(), Path(output_dir).expanduser().resolve()
-        files = (file.parent.resolve() for case in cases for file in case_files(case))
+        files = (file.parent.resolve() for case in cases for file in case_files(case, ("image", "label")))
         inside = source.is_dir() and output.is_relative_to(source)
         if inside or any(folder.is_relative_to(output) for folder in set(files)):
             where = "lies within" if inside else "holds volumes of"

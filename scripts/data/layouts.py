@@ -24,6 +24,7 @@ __all__ = ["class_name", "dataset_facts", "label_names", "read_dataset"]
 logger = logging.getLogger(__name__)
 
 Folds = dict[str, list[Case]]
+UNNAMED = "unnamed"  # the cases that a split leaves out
 
 NNUNET_FILE = re.compile(r"(.+)_\d{4}")
 BIDS_FILE = re.compile(r"(?P<patient>sub-[a-zA-Z0-9]+)(_(?P<session>ses-[a-zA-Z0-9]+))?(_.+)?_(?P<suffix>[a-zA-Z0-9]+)")
@@ -37,7 +38,8 @@ def read_dataset(
 ) -> Folds:
     """Read the cases of a dataset, as it is laid out; arguments, results and errors as of ``find_cases``.
 
-    A case that lacks a channel says so under ``lacks``. ``remember`` is of ``find_series``.
+    A case that lacks a channel says so under ``lacks``; those that a split does not name are a fold of their own,
+    ``UNNAMED``. ``remember`` is of ``find_series``.
     """
     source = Path(str(dataset_dir)).expanduser()
     if source.is_dir():
@@ -118,13 +120,13 @@ def _listed_folds(datalist: Path, content: Any, remember: Remember | None) -> Fo
         if content != {}:
             logger.info("%s lists no training images", datalist)
         return None
-    folds = {fold: content[fold] for fold in ("training", "validation") if content.get(fold)}
+    folds = {fold: content[fold] for fold in ("training", "validation") if content.get(fold) or fold == "training"}
     for fold, items in folds.items():
         for item in items:
             _check_item(item, fold, datalist)
     if others := [name for name in ("test", "testing") if content.get(name)]:
         logger.info("%s: the list %s is left out, only training and validation are used", datalist, others[0])
-    training = folds.get("training", [])
+    training = folds["training"]
     if "validation" not in folds and any("fold" in item for item in training):
         folds["validation"] = [item for item in training if str(item.get("fold")) == "0"]
         folds["training"] = [item for item in training if str(item.get("fold")) != "0"]
@@ -172,18 +174,21 @@ def _listed_case(item: Mapping[str, Any], root: Path, remember: Remember | None 
         # Of several, reading says that one is needed.
         case = series[0] | {"case": case["case"]} if len(series) == 1 else case
     known = {key: value for key, value in item.items() if value not in (None, "") and value == value}  # no NaN
-    if "label" in known:
-        case["label"] = _listed_path(str(known["label"]), root)
+    label = known.get("label")
+    if isinstance(label, int | float):  # of a classification, as many lists have it
+        known.setdefault("class", label)
+    elif label is not None:
+        case["label"] = _listed_path(str(label), root)
     types = {"field_of_view": dict, "class": class_name, "session": str}
     case |= {key: kind(known[key]) for key, kind in types.items() if key in known}
     plain = {key: value for key, value in known.items() if isinstance(value, str | int | float)}
     case |= {key: value for key, value in plain.items() if key not in (*types, *PATIENT_KEYS, *OWN_KEYS)}
-    patients = [str(known[key]) for key in PATIENT_KEYS if key in known]
+    patients = [class_name(known[key]) for key in PATIENT_KEYS if key in known]
     return case | ({"patient": patients[0]} if patients else {})
 
 
 def class_name(value: Any) -> str:
-    """Name a class: 1 and 1.0, as tables are joined, are one."""
+    """Name a class or a patient: 1 and 1.0, as tables are joined, are one."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -269,7 +274,10 @@ def _nnunet_split(path: Path, cases: Mapping[str, Case]) -> Folds:
     names = {fold: [str(name) for name in first[side]] for fold, side in (("training", "train"), ("validation", "val"))}
     if unknown := [name for side in names.values() for name in side if name not in cases]:
         raise Mistake(f"{path} names {len(unknown)} cases that are not there, such as {unknown[0]}")
-    return {fold: [cases[name] for name in side] for fold, side in names.items()}
+    folds = {fold: [cases[name] for name in side] for fold, side in names.items()}
+    named = {name for side in names.values() for name in side}
+    unnamed = [case for name, case in cases.items() if name not in named]
+    return folds | ({UNNAMED: unnamed} if unnamed else {})
 
 
 # ------------------------------------------------------------------------------------------------------------- BIDS

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..mistakes import Mistake
 from .describing import Case
-from .layouts import class_name
+from .layouts import OWN_KEYS, class_name
 from .splitting import case_seed, patient_of
 
 __all__ = ["Targets", "read_targets"]
@@ -105,6 +105,11 @@ def read_targets(
             )
         return targets
     field = str(field)
+    if field in OWN_KEYS:
+        raise Mistake(
+            f"target {field} has a meaning of its own in a datalist, as have {', '.join(OWN_KEYS)}: give the field "
+            "another name. A number under label, where no label map is, is the case's class: --target class"
+        )
     kept = {fold: _with_field(cases, field, fold) for fold, cases in folds.items()}
     values = {case["case"]: case[field] for cases in kept.values() for case in cases}
     numbers = {case: number for case, value in values.items() if (number := _number(value)) is not None}

@@ -75,7 +75,7 @@ class VolumeWriter:
         """Write one answer, or note why there is none."""
         output = engine.state.output
         case, error = output["case"], output.get("error")
-        self.discard(case)  # what an earlier run wrote
+        self.discard(case)
         if error is None:
             try:
                 self.write(output)
@@ -91,7 +91,7 @@ class VolumeWriter:
         raise NotImplementedError
 
     def discard(self, case: str) -> None:
-        """Remove what may be there of a case; here nothing: a scan may have the name of its answer."""
+        """Remove what an earlier run wrote for a case; here nothing."""
 
     def report(self, engine: Engine) -> None:
         """End with an error that names every volume without an answer."""

@@ -15,7 +15,7 @@ import torch
 from monai.fl.utils.constants import FlStatistics
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from ..data import list_cases, split_cases
+from ..data import find_cases, split_cases
 from ..mistakes import Mistake, command
 from ..weights import bundle_root, save
 from ..workflows import average_updates, federated_site
@@ -52,7 +52,8 @@ def compare(
         The unexplained variance of hidden voxels by way, before the first round and after each.
     """
     folder = Path(output_dir)
-    folds = split_cases(list_cases(dataset_dir), 0.2)
+    cases = [case for fold in find_cases(dataset_dir, skip_invalid=True).values() for case in fold]
+    folds = split_cases(cases, 0.2)
     training, validation = folds["training"], folds["validation"][:num_validation]
     if len(training) < sites * num_volumes:
         raise Mistake(f"{sites} sites of {num_volumes} volumes need more than the {len(training)} to train on")

@@ -180,7 +180,7 @@ class Checkpointing:
         if saved is None:
             return
         for name, value in self.about.items():
-            if saved["about"].get(name) != value:
+            if saved["about"].get(name, value) != value:  # an earlier version may not have noted it
                 raise Mistake(
                     f"{path} is of a run with {name} {saved['about'].get(name)!r}, not {value!r}: continue it as it "
                     "was, or choose another --output_dir"

@@ -25,6 +25,8 @@ class LoadVolumed(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with paths replaced by MetaTensors, or raise a Mistake that says why one cannot be read."""
+        if "lacks" in data:  # a channel, say
+            raise Mistake(f"is incomplete: it lacks {data['lacks']}")
         loaded = dict(data)
         for key in self.key_iterator(data):
             loaded[key] = read_label(data[key], loaded["image"]) if key == "label" else read_volume(data[key])

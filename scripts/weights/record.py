@@ -38,7 +38,7 @@ def read_record(weights: str | Path | None) -> dict[str, Any]:
     if path.suffix == checkpoints.SAFETENSORS:
         text = checkpoints.read_head(path).get("record", "{}") if path.is_file() else "{}"
     else:
-        beside = path.with_suffix(".json")
+        beside = path.with_suffix(".json") if path.name else path  # a folder, such as ".", has no name
         text = beside.read_text(encoding="utf-8") if beside.is_file() else "{}"
     try:
         content = json.loads(text)

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..handlers.pages import Element, element, legend, picture, section, table, write
 from ..handlers.report import Setting, about_run, heading, memory, spared, titled
+from ..mistakes import Mistake
 
 __all__: list[str] = []
 
@@ -44,7 +45,9 @@ class FeatureReport:
     answers: list[Answer] = field(default_factory=list, init=False)
 
     def start(self) -> None:
-        """Forget an earlier run, and look at the clock."""
+        """Forget an earlier run, and look at the clock; a Mistake where the page would replace that of a training."""
+        if (self.path.parent / "metrics.jsonl").exists():
+            raise Mistake(f"{self.path.parent} holds a training: choose another --output_dir for the features")
         self.path.unlink(missing_ok=True)
         self.answers.clear()
         self.started = time.monotonic()

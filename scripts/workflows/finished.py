@@ -72,6 +72,9 @@ class FinishedBundle:
             logger.info("no bundle is made of a network that stands for comparison")
             return
         folder = finished_folder(self.ckpt_dir) if self.template else self.root
+        if self.template and _trained_further(folder, weights):
+            logger.warning("the bundle in %s was trained further and stays as it is: move it to have a new one", folder)
+            return
         with tempfile.TemporaryDirectory(dir=folder.parent if self.template else folder, prefix=".bundle.") as place:
             made = Path(place) / "bundle"
             for room in ("configs", "docs", "models"):
@@ -294,9 +297,18 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _replace(made: Path, folder: Path) -> None:
+    """Put a bundle in the place of an earlier one, of which only what it has written itself stays: its runs."""
+    if (folder / "runs").exists():
+        (folder / "runs").rename(made / "runs")
     if folder.exists():
         folder.rename(made.with_name("replaced"))
     made.rename(folder)
+
+
+def _trained_further(folder: Path, weights: Path) -> bool:
+    """Tell whether a bundle has been trained since these weights went into it."""
+    since = weights.stat().st_mtime
+    return any(path.stat().st_mtime > since for path in folder.glob("runs/*/checkpoints/model.pt"))
 
 
 def _renew(made: Path, folder: Path) -> None:

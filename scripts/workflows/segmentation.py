@@ -86,5 +86,10 @@ class MaskWriter(VolumeWriter):
         labels = output["pred"]
         save_nifti(self._path(output["case"]), labels[0].numpy().astype(np.uint8), labels.affine.numpy())
 
+    def discard(self, case: str) -> None:
+        """Remove the label map of a case."""
+        if self._path(case).is_file():
+            self._path(case).unlink()
+
     def _path(self, case: str) -> Path:
         return self.folder / f"{case}.nii.gz"

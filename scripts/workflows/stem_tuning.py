@@ -189,10 +189,13 @@ class StemTuningReport:
         records = [json.loads(line) for line in Path(self.metrics).read_text().splitlines()]
         report = summarise(records) | {"objective": self.tuning.objective}
         Path(self.path).write_text(json.dumps(report, indent=1) + "\n")
+        cosine, error = (
+            " -> ".join(f"{report[key]:.4g}" for key in (f"{name}_before", f"{name}_after") if key in report)
+            for name in ("feature_cosine", "volumetric")
+        )
         logger.info(
-            "feature cosine %.3f -> %.3f, volumetric error %.4g -> %.4g (patch mode %.4g), best in epoch %d",
-            *(report[name] for name in ("feature_cosine_before", "feature_cosine_after", "volumetric_before")),
-            *(report[name] for name in ("volumetric_after", "patch_mode", "best_epoch")),
+            "feature cosine %s, volumetric error %s (patch mode %.4g), best in epoch %d",
+            *(cosine, error, report["patch_mode"], report["best_epoch"]),
         )
 
 
@@ -202,18 +205,24 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``patch_mode``, ``volumetric_before`` and ``volumetric_after`` (mean squared errors),
         ``feature_cosine_before`` and ``feature_cosine_after``, ``gap_closed`` (the share of the missing feature
-        cosine that tuning won: 1 means that both modes agree, below 0 that they parted) and ``best_epoch``.
+        cosine that tuning won: 1 means that both modes agree, below 0 that they parted) and ``best_epoch``. Where
+        nothing was validated before tuning, what compares with that is left out.
     """
     before, best = records[0], min(records, key=lambda record: record["val_objective"])
-    cosines = before["val_feature_cosine"], best["val_feature_cosine"]
-    return {
+    report = {
         "patch_mode": best["val_patch_mode"],
-        "volumetric_before": before["val_volumetric"],
         "volumetric_after": best["val_volumetric"],
-        "feature_cosine_before": cosines[0],
-        "feature_cosine_after": cosines[1],
-        "gap_closed": (cosines[1] - cosines[0]) / (1 - cosines[0]) if cosines[0] < 1 else 1.0,
+        "feature_cosine_after": best["val_feature_cosine"],
         "best_epoch": best["epoch"],
+    }
+    if before["epoch"] > 0:
+        return report
+    missing = 1 - before["val_feature_cosine"]
+    won = best["val_feature_cosine"] - before["val_feature_cosine"]
+    return report | {
+        "volumetric_before": before["val_volumetric"],
+        "feature_cosine_before": before["val_feature_cosine"],
+        "gap_closed": won / missing if missing > 0 else 1.0,
     }
 
 

@@ -1,5 +1,7 @@
 """Promises of datalists: each is read, whoever wrote it, and leads to files of its own folder."""
 
+import json
+
 import pytest
 from conftest import write_volume
 from folders import found, listed, touch
@@ -81,3 +83,24 @@ def test_a_label_or_class_that_is_left_empty_is_not_given(tmp_path, none):
     cases = find_cases(listed(tmp_path, *items))["training"]
     assert [case["case"] for case in labelled(cases)] == ["b"]
     assert [case.get("class") for case in cases] == [None, "0"]
+
+
+def test_a_number_for_a_label_is_a_class_as_lists_of_classifications_have_it(tmp_path):
+    touch(tmp_path / "a.nii.gz")
+    (case,) = find_cases(listed(tmp_path, {"image": "a.nii.gz", "label": 1.0}))["training"]
+    assert (case["class"], "label" in case) == ("1", False)
+    (case,) = find_cases(listed(tmp_path, {"image": "a.nii.gz", "label": 1, "class": "healthy"}))["training"]
+    assert case["class"] == "healthy"
+
+
+def test_a_patient_is_the_same_however_a_table_spells_the_number(tmp_path):
+    touch(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
+    items = [{"image": f"{name}.nii.gz", "patient": number} for name, number in (("a", 1), ("b", 1.0))]
+    assert {case["patient"] for case in find_cases(listed(tmp_path, *items))["training"]} == {"1"}
+
+
+def test_a_list_with_nobody_to_train_on_is_refused_as_such(tmp_path):
+    write_volume(tmp_path / "a.nii.gz")
+    (tmp_path / "list.json").write_text(json.dumps({"training": [], "validation": [{"image": "a.nii.gz"}]}))
+    with pytest.raises(ValueError, match="no volume is left for training"):
+        prepare_cases(tmp_path / "list.json", "mr")

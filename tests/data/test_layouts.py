@@ -8,6 +8,7 @@ from conftest import TINY_KNOBS, started, write_volume
 from folders import found, link, listed, touch
 
 from scripts.data import find_cases, list_cases
+from scripts.transforms import LoadVolumed
 
 # ----------------------------------------------------------------------------------------------------------- nnU-Net
 
@@ -47,12 +48,16 @@ def test_a_case_of_nnunet_that_lacks_a_channel_is_named(tmp_path, version, caplo
     assert len(found(folder)) == 3
 
 
-def test_the_first_fold_of_nnunet_says_who_is_validated_on(tmp_path):
+def test_the_first_fold_of_nnunet_says_who_is_validated_on(tmp_path, caplog):
     folder = nnunet(tmp_path, 2)
     splits = [{"train": ["case_0", "case_2"], "val": ["case_1"]}, {"train": ["case_1"], "val": ["case_0"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits), encoding="utf-8-sig")
     folds = {fold: [case["case"] for case in cases] for fold, cases in find_cases(folder).items()}
     assert folds == {"training": ["imagesTr/case_0", "imagesTr/case_2"], "validation": ["imagesTr/case_1"]}
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["case_2"], "val": ["case_1"]}]))
+    assert found(folder) == ["imagesTr/case_2"]
+    assert "left out 1 cases that the split" in caplog.text
+    assert [case["case"] for case in list_cases(folder)] == [f"imagesTr/case_{number}" for number in (2, 1, 0)]
     for wrong, message in (
         ([{"train": ["case_0"], "val": ["case_9"]}], "names 1 cases that are not there, such as case_9"),
         ([], "must be a list of"),
@@ -160,7 +165,10 @@ def test_a_session_that_lacks_a_contrast_is_refused_or_left_out_by_name(tmp_path
         find_cases(folder, ["T1w", "FLAIR"])
     assert found(folder, contrasts=["T1w", "FLAIR"], skip_invalid=True) == ["sub-1/ses-1/anat/sub-1_ses-1"]
     assert "left out sub-1/ses-2/anat/sub-1_ses-2 lacks FLAIR" in caplog.text
-    assert len(list_cases(folder, ["T1w", "FLAIR"])) == 1
+    every = list_cases(folder, ["T1w", "FLAIR"])
+    assert len(every) == 3
+    with pytest.raises(ValueError, match="is incomplete: it lacks FLAIR"):  # as every failure, named at the end
+        LoadVolumed("image")(every[1])
     assert found(folder, contrasts="T1w")
     assert "sub-2/ses-1 has no T1w: left out" in caplog.text
 

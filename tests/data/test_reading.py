@@ -185,6 +185,18 @@ def test_colours_are_refused_by_name(tmp_path, channels):
         read_volume(tmp_path / "a.nii")
 
 
+def test_a_metaimage_may_have_a_file_a_slice_or_its_voxels_as_text(tmp_path):
+    voxels = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)  # z, y, x
+    head = "ObjectType = Image\nNDims = 3\nDimSize = 4 3 2\nElementType = MET_FLOAT\nElementSpacing = 1 1 2\n"
+    for number, plane in enumerate(voxels, start=1):
+        (tmp_path / f"s{number:03d}.raw").write_bytes(plane.tobytes())
+    (tmp_path / "slices.mhd").write_text(head + "BinaryData = True\nElementDataFile = s%03d.raw 1 2 1\n")
+    text = " ".join(str(int(value)) for value in voxels.flatten())
+    (tmp_path / "text.mha").write_text(head + f"BinaryData = False\nElementDataFile = LOCAL\n{text}\n")
+    for name in ("slices.mhd", "text.mha"):
+        assert np.array_equal(read_volume(tmp_path / name)[0], voxels.T)
+
+
 def test_what_is_cut_off_or_not_there_is_said(tmp_path):
     image = sitk.GetImageFromArray(volume())
     for name, victim in (("a.mha", "a.mha"), ("b.mhd", "b.raw")):

@@ -143,3 +143,9 @@ def test_a_few_training_cases_have_each_class_its_share_whatever_their_order():
     assert len(targets.few(1)) == 3  # one of each class
     aged = [case | {"age": 0.5 + place} for place, case in enumerate(cases)]
     assert len(read_targets({"training": aged, "validation": aged}, "age").few(7)) == 7
+
+
+@pytest.mark.parametrize("field", ["label", "target", "modality"])
+def test_a_field_with_a_meaning_of_its_own_cannot_be_learned(field):
+    with pytest.raises(ValueError, match=f"target {field} has a meaning of its own"):
+        read_targets(folds([0, 1], [0, 1], field), field)

@@ -159,7 +159,10 @@ def test_the_command_takes_knobs_of_the_network_and_refuses_others(tmp_path):
     config.write_text(yaml.safe_dump(TINY_KNOBS))
     torch.save(weights.to_reference_state_dict(tiny(strict_stem=True)), tmp_path / "authors.pt")
     arguments = ("from_authors", tmp_path / "authors.pt", tmp_path / "model.pt", "--config_file", config)
-    assert convert(*arguments, "--strict_stem", "True").returncode == 0
+    assert convert(*arguments, "--strict_stem", "true").returncode == 0
+    refused = convert(*arguments, "--strict_stem", "maybe")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: strict_stem is 'maybe' but must be of type bool")
     refused = convert(*arguments, "--strict", "True")
     assert refused.returncode == 1
     assert "there is no knob strict of the network: it has img_size" in refused.stderr

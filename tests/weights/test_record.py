@@ -292,6 +292,25 @@ def test_widened_weights_carry_their_channels(tmp_path):
     assert wide["preprocessing"] == RECORD["preprocessing"]
 
 
+def test_a_network_has_at_least_one_channel(tmp_path):
+    with pytest.raises(Mistake, match="in_chans is 0 but must be at least 1"):
+        convert.widen(str(carrying(tmp_path)), str(tmp_path / "wide.pt"), 0, "mean")
+
+
+def test_weights_without_a_record_do_not_take_over_that_of_others(tmp_path):
+    source = carrying(tmp_path)
+    convert.widen(str(source), str(tmp_path / "wide.pt"), 3, "mean")
+    before = (tmp_path / "wide.pt").read_bytes()
+    source.with_suffix(".json").unlink()
+    with pytest.raises(Mistake, match=r"wide.json tells of other weights than those that .*wide.pt would hold"):
+        convert.widen(str(source), str(tmp_path / "wide.pt"), 2, "mean")
+    assert (tmp_path / "wide.pt").read_bytes() == before
+
+
+def test_a_folder_carries_nothing():
+    assert read_record(".") == read_record("/") == {}
+
+
 def test_the_bundles_own_weights_are_described_by_their_record():
     weights = ROOT / "models" / "model.pt"
     own = ConfigParser.load_config_file(ROOT / "configs" / "inference.json")

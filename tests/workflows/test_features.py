@@ -320,6 +320,14 @@ def test_the_page_maps_every_volume_to_its_place_with_a_thumbnail_and_a_link(tmp
     assert drawn_by_a_browser(tmp_path / "report.html").std() > 0.05
 
 
+def test_the_page_does_not_replace_that_of_a_training(tmp_path):
+    for name in ("metrics.jsonl", "report.html"):
+        (tmp_path / name).touch()
+    with pytest.raises(Mistake, match="holds a training: choose another --output_dir"):
+        written(tmp_path, [answer("a", [0.0, 0.0])])
+    assert (tmp_path / "report.html").exists()
+
+
 def test_volumes_are_coloured_by_the_deepest_folders_that_colours_suffice_for():
     cases = [f"site_{n % 3}/subject_{n}/anat/T1w" for n in range(12)]
     assert group_by_folder(cases) == [f"site_{n % 3}" for n in range(12)]

@@ -260,8 +260,19 @@ def test_a_run_that_has_nothing_left_to_do_writes_its_bundle_again(labelled, fol
     shutil.copytree(folder.parent, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/bundle/scripts")
     (tmp_path / "out/bundle/of_an_earlier_run").touch()
+    answer = tmp_path / "out/bundle/runs/inference/0.nii.gz"  # which its user asked for
+    answer.parent.mkdir(parents=True)
+    answer.touch()
     finetune(labelled, tmp_path / "out", resume=True, spacing=[1.2, 1.3, 1.7])
     before, after = (
-        {path.relative_to(place) for path in place.rglob("*")} for place in (folder, tmp_path / "out/bundle")
+        {path.relative_to(place) for path in place.rglob("*") if "runs" not in path.parts}
+        for place in (folder, tmp_path / "out/bundle")
     )
     assert before == after
+    assert answer.is_file()
+    shutil.rmtree(tmp_path / "out/bundle/scripts")
+    further = tmp_path / "out/bundle/runs/1/checkpoints/model.pt"  # and its weights are those of this training
+    further.parent.mkdir(parents=True)
+    further.touch()
+    finetune(labelled, tmp_path / "out", resume=True, spacing=[1.2, 1.3, 1.7])
+    assert not (tmp_path / "out/bundle/scripts").exists()

@@ -93,6 +93,10 @@ def test_a_summary_compares_the_best_validation_with_the_untuned_network():
         "gap_closed": pytest.approx(0.8),
         "best_epoch": 1,
     }
+    later = summarise([record(1, 0.1, 0.9, 0.4), record(2, 0.2, 0.8, 0.2)])  # nothing was validated before
+    assert later == {name: report[name] for name in ("patch_mode", "volumetric_after", "feature_cosine_after")} | {
+        "best_epoch": 1
+    }
 
 
 def test_unknown_choices_are_refused():
