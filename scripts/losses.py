@@ -68,6 +68,9 @@ class MaskedLoss(nn.Module):
         return self.score(prediction, target)[0]
 
 
+NORMALISED = "normalised_l2"  # what the configs call the MaskedL2Loss that standardises each patch
+
+
 class MaskedL2Loss(MaskedLoss):
     """Mean squared error over the voxels of hidden patches (paper, masked pre-training with AdamW).
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .losses import MaskedLoss
-from .networks.patches import unpatchify
+from .networks.patches import patchify, unpatchify
 
 __all__ = ["BoundedHausdorffMetric", "HiddenVoxelMetrics", "MaskedLossMetrics", "StemTuningMetrics"]
 __all__ += ["SumMetric", "assemble", "composite", "over_variance", "voxel_mask"]
@@ -128,13 +128,15 @@ class StemTuningMetrics(SumMetric):
     ``feature_cosine`` (mean over tokens of the cosine between the two feature vectors) and ``objective`` (the loss).
     """
 
-    def __init__(self, loss: nn.Module) -> None:
-        self.loss = loss
+    def __init__(self, loss: nn.Module, patch_size: int) -> None:
+        self.loss, self.patch_size = loss, patch_size
         super().__init__((5,), Keys.IMAGE, Keys.LABEL, Keys.PRED)
 
     def _summands(self, volume: Tensor, target: Tensor, prediction: dict[str, Tensor]) -> Tensor:
         cosine = F.cosine_similarity(prediction["features"].float(), prediction["patch_features"].float(), dim=1)
-        errors = [F.mse_loss(prediction[f"{way}_cube"].float(), volume) for way in ("reconstructed", "patch_mode")]
+        cubes = (prediction[f"{way}_cube"].float() for way in ("reconstructed", "patch_mode"))
+        rebuilt = (self.loss.reconstruction.restore(patchify(cube, self.patch_size), target) for cube in cubes)
+        errors = [F.mse_loss(patches, target) for patches in rebuilt]
         figures = torch.stack([*errors, cosine.mean(), self.loss(prediction, target)]).double()
         return volume.shape[0] * F.pad(figures, (1, 0), value=1.0)  # the number of volumes comes first
 

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_KNOBS, Volumes, noise, records, tiny, train
+from conftest import ROOT, TINY_KNOBS, Volumes, bundle, noise, records, tiny, train
 from ignite.engine import Events
 from monai.transforms import CopyItemsd
 
@@ -147,3 +150,19 @@ def test_one_rank_trains_and_goes_on(parallel, cohort, tmp_path):
         assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
+
+
+@needs_gpu
+def test_a_fine_tuning_is_validated_on_the_device(cohort, tmp_path):
+    data = shutil.copytree(cohort, tmp_path / "data")
+    (data / "labelsTr").mkdir()
+    for path in (data / "imagesTr").iterdir():
+        image = nib.load(path)
+        label = (np.asarray(image.dataobj) > 500).astype(np.uint8)
+        nib.save(nib.Nifti1Image(label, image.affine), data / "labelsTr" / path.name)
+    files = str([str(ROOT / "configs" / name) for name in ("train.yaml", "finetune_segmentation.yaml", "small.yaml")])
+    knobs = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}
+    knobs |= {"dataset_dir": data, "output_dir": tmp_path / "out", "device": DEVICE, "num_labels": 1, "feature_size": 4}
+    ended = bundle("run", "finetuning", "--config_file", files, **knobs)
+    assert ended.returncode == 0, ended.stderr
+    assert {"val_dice", "val_hausdorff"} <= records(tmp_path / "out")[-1].keys()

@@ -236,6 +236,8 @@ def test_preempted_ranks_save_together_and_go_on(volumes, tmp_path):
     assert "ended by SIGTERM in epoch 1" in stdout
     state = torch.load(tmp_path / "checkpoints" / "training_state.pt", weights_only=True)
     assert 0 < state["iteration"] < 200
+    assert len(state["epoch_losses"]) == state["iteration"]
+    assert state["epoch_losses"][0]["loss"].dtype == torch.float64  # the mean of the ranks'
     resumed = train_ranks(*PLAIN, **(settings | {"max_epochs": 1}), resume="true")
     assert resumed.returncode == 0, resumed.stderr
     assert f"after epoch 0 and {state['iteration']} of 200 iterations" in resumed.stdout

@@ -18,6 +18,8 @@ from .index import Index
 
 __all__ = ["licence_of", "provenance", "warn_of_seen"]
 
+REBUILDING = ("pretraining", "conductor", "stem_tuning")
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,6 +29,7 @@ def provenance(
     pretrained: str | Path | None = None,
     recipe: str = "",
     preprocessing: Mapping[str, Any] | None = None,
+    loss: str | None = None,
 ) -> dict[str, Any]:
     """Tell what weights are trained on and how: the part of their record that is known before they are trained.
 
@@ -36,6 +39,7 @@ def provenance(
         pretrained: weights to start from; what those have seen counts too.
         recipe: name of the training's.
         preprocessing: ``modality``, ``spacing``, ``intensity``, …
+        loss: by which a decoder learned to rebuild volumes; of a fine-tuning, whose is another, it is left out.
 
     Returns:
         Plain values by name, no paths among them. ``seen`` is a ``salt`` and a hash of each volume: they tell whether
@@ -52,6 +56,7 @@ def provenance(
         "versions": {"bertswin_mae": bundle_version(), "monai": monai.__version__, "torch": torch.__version__},
         "provenance": {
             "recipe": recipe,
+            **({"loss": loss} if recipe in REBUILDING else {}),
             "date": datetime.now(tz=timezone.utc).date().isoformat(),
             "volumes": len(cases),
             "started_from_sha256": pretrained and sha256(pretrained),

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from ignite.engine import Engine, Events
 from .. import machine
 from ..data.describing import Case
 from ..engines.trainer import NonFiniteLossError
+from ..losses import NORMALISED
 from ..verdict.rules import Facts, Verdict, judge
 from ..weights import bundle_version, checkpoints
 from .pages import Element, chart, details, element, picture, section, table, write
@@ -135,6 +136,7 @@ class TrainingReport:
     validator: Engine  # which knows the best epoch
     cases: Mapping[str, Sequence[Case]]  # by fold
     settings: Mapping[str, Setting]
+    told: BaseException | None = field(default=None, init=False)  # Ignite tells twice of an error in an iteration
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
@@ -182,7 +184,8 @@ class TrainingReport:
 
     def tell_failure(self, engine: Engine, error: BaseException) -> None:
         """Write the page of a run whose loss is not finite; whoever comes behind raises the error."""
-        if isinstance(error, NonFiniteLossError) and (records := self._records()):
+        told, self.told = self.told, error
+        if error is not told and isinstance(error, NonFiniteLossError) and (records := self._records()):
             facts = self._facts(engine.state.max_epochs, failure=str(error))
             self._end(records, f"Ended in epoch {engine.state.epoch} by an error: {error}.", facts)
 
@@ -191,7 +194,8 @@ class TrainingReport:
             logger.info("verdict: %s", verdict.paragraph)
 
     def _facts(self, max_epochs: int, **more: Any) -> Facts:
-        return Facts(max_epochs, len(self.cases.get("training", ())), **more)
+        within_patches = _is_within_patches(self.settings)
+        return Facts(max_epochs, len(self.cases.get("training", ())), within_patches=within_patches, **more)
 
     def _records(self) -> list[dict[str, Any]]:
         path = Path(self.output_dir) / "metrics.jsonl"
@@ -206,7 +210,7 @@ class TrainingReport:
             if (verdict := judge(records, facts)) is not None:
                 checkpoints.save_text(json.dumps(verdict._asdict(), indent=1) + "\n", folder / VERDICT)
         judged = [] if verdict is None else [verdict.paragraph]
-        outcome = _outcome(records, best, validated.key_metric_name, facts.max_epochs)
+        outcome = _outcome(records, best, validated.key_metric_name, facts)
         with spared(folder / PAGE):
             write(
                 folder / PAGE,
@@ -284,19 +288,27 @@ def memory() -> list[tuple[str, str]]:
     return lines
 
 
-def _outcome(records: Sequence[dict[str, Any]], best: int, key: str, last: int) -> list[str]:
+def _is_within_patches(settings: Mapping[str, Setting]) -> bool:
+    return "loss" in settings and settings["loss"].value == NORMALISED
+
+
+def _outcome(records: Sequence[dict[str, Any]], best: int, key: str, facts: Facts) -> list[str]:
     found = next((record for record in records if record["epoch"] == best), None)
     if found is None:
         return ["No validation has a best epoch yet."]
     lines = [f"The best epoch is {best}, with a {key} of {found[key]:.4g}: checkpoints/model.pt holds its weights."]
-    if (left := found.get("val_unexplained")) is not None:
+    if found.get("val_unexplained") is not None:
+        figure, of = "val_unexplained", "of hidden voxels"
+        if facts.within_patches:
+            figure, of = "val_loss", "within hidden patches"
+        left = found[figure]
         share = f"{1 - left:.0%}" if left < 1 else "nothing yet"
-        scale = f"val_unexplained {left:.3f}, where a constant guess scores 1 and a perfect reconstruction 0"
-        lines.append(f"It explains {share} of the variance of hidden voxels ({scale}).")
+        scale = f"{figure} {left:.3f}, where a constant guess scores 1 and a perfect reconstruction 0"
+        lines.append(f"It explains {share} of the variance {of} ({scale}).")
     if (cosine := found.get("val_feature_cosine")) is not None:
         before = f"; before tuning to {records[0]['val_feature_cosine']:.3f}" if records[0]["epoch"] == 0 else ""
         lines.append(f"Whole volumes give the features of patch mode to a cosine of {cosine:.3f}{before}.")
-    if best == last > 1:
+    if best == facts.max_epochs > 1:
         lines.append("It is the last epoch: a longer training may do better.")
     return lines
 

@@ -148,6 +148,8 @@ class Checkpointing:
 
     def _save_state(self, engine: Engine, network: dict[str, Tensor], epochs: int, iteration: int) -> None:
         optimizer = parallel.full_tensors(engine.optimizer.state_dict())
+        done = iteration - epochs * engine.state.epoch_length
+        losses = _over_ranks(getattr(engine.state, "epoch_losses", [])[:done])
         if not self.is_first:
             return
         best, length = self.validator.state, engine.state.epoch_length
@@ -157,7 +159,7 @@ class Checkpointing:
             "iteration": iteration,
             "epoch_length": length,
             # What the MetricsRecorder has noted of the epoch.
-            "epoch_losses": getattr(engine.state, "epoch_losses", [])[: iteration - epochs * length],
+            "epoch_losses": losses,
             "learning_rate": getattr(engine.state, "learning_rate", None),
             "best_metric": best.best_metric,
             "best_metric_epoch": best.best_metric_epoch,
@@ -187,7 +189,8 @@ class Checkpointing:
                 )
         fill(self.network, saved["network"], path)
         _restore_optimizer(engine.optimizer, saved["optimizer"])
-        engine.grad_scaler.load_state_dict(saved["grad_scaler"])
+        if saved["grad_scaler"]:  # empty of a run in another precision
+            engine.grad_scaler.load_state_dict(saved["grad_scaler"])
         done = _restore_place(engine, saved)
         best, state = self.validator.state, engine.state
         best.best_metric, best.best_metric_epoch = saved["best_metric"], saved["best_metric_epoch"]
@@ -236,6 +239,15 @@ def end_when_preempted() -> None:
     """End without an error on SIGTERM while a run is being prepared: nothing is lost yet."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+def _over_ranks(losses: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Average the losses of some iterations over the ranks, each of which has its own."""
+    if idist.get_world_size() == 1 or not losses:
+        return losses
+    rows = torch.stack([torch.stack([*one.values()]).cpu().double() for one in losses])
+    means = idist.all_reduce(rows, op="SUM") / idist.get_world_size()
+    return [dict(zip(losses[0], row, strict=True)) for row in means]
 
 
 def _restore_place(engine: Engine, saved: dict[str, Any]) -> int:

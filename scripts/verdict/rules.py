@@ -34,6 +34,7 @@ class Facts(NamedTuple):
     volumes: int  # that it trained on
     stopped_early: bool = False  # as no better validation came for long
     failure: str | None = None  # the error that ended it, if its loss was not finite
+    within_patches: bool = False  # the loss standardises each patch: what its mean and deviation tell is given away
 
 
 class Verdict(NamedTuple):
@@ -72,12 +73,15 @@ class Run:
         )
         self.loss, self.left = best["val_loss"], best["val_unexplained"]
         self.contrast = _contrast(last)
+        self.variance = "the variance of hidden voxels"
         self.baseline = min(last[f"val_baseline_{name}"] for name in ("mean", "nearest", "blur"))
         self.baseline_loss = last.get("val_baseline_loss")
         # By what is trained: the structural loss trades squared error for structure. Before version 0.9, the records
         # did not say what loss a baseline has.
         own, its = (self.left, self.baseline) if self.baseline_loss is None else (self.loss, self.baseline_loss)
         self.is_better = own < (1 - MARGIN) * its
+        if facts.within_patches and self.baseline_loss is not None:  # of which a constant guess leaves all, again
+            self.left, self.baseline, self.variance = own, its, "the variance within hidden patches"
         looked = [one for one in records if "val_effective_rank" in one]
         self.features = {name: looked[-1].get(f"val_{name}") for name in SPREAD} if looked else {}
         self.gap = _gap([one for one in records if one["epoch"] > 0])
@@ -123,8 +127,8 @@ def too_easy(run: Run) -> Finding | None:
         reason = f"hidden voxels hardly differ: their standard deviation is {run.contrast:.1%} of the intensity window"
     elif min(run.left, run.baseline) <= EASY:
         reason = (
-            f"the network leaves {run.left:.1%} of the variance of hidden voxels unexplained, and what needs no "
-            f"network {run.baseline:.1%}"
+            f"the network leaves {run.left:.1%} of {run.variance} unexplained, and what needs no network "
+            f"{run.baseline:.1%}"
         )
     else:
         return None
@@ -239,8 +243,8 @@ def suggested_epochs(curve: Sequence[tuple[float, float]]) -> int:
 
 
 def _standing(run: Run) -> str:
-    left = f"{run.left:.2f} of the variance of hidden voxels unexplained against {run.baseline:.2f}"
-    if run.baseline_loss is None:
+    left = f"{run.left:.2f} of {run.variance} unexplained against {run.baseline:.2f}"
+    if run.baseline_loss is None or run.facts.within_patches:
         return left
     beside = "and" if run.is_better == (run.left < run.baseline) else "although with"
     return f"a loss of {run.loss:.4g} against {run.baseline_loss:.4g}, {beside} {left}"

@@ -14,11 +14,11 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..losses import MaskedL2Loss, MaskedLoss
+from ..losses import NORMALISED, MaskedL2Loss, MaskedLoss
 from ..mistakes import Mistake
 from ..networks.bertswin_mae import BertsWinMAE
 from ..networks.patches import unpatchify
-from ..weights import encoder_part, fill, read_weights, stem_is_strict
+from ..weights import encoder_part, fill, read_record, read_weights, recorded, stem_is_strict
 
 __all__ = ["StemTuning", "StemTuningLoss", "StemTuningReport", "load_original"]
 
@@ -28,10 +28,13 @@ OBJECTIVES = ("reconstruction", "distillation", "both")
 Build = Callable[..., BertsWinMAE]  # makes a network, given `strict_stem` and perhaps `blockwise_norm`
 
 
-def load_original(build: Build, pretrained: str | Path | None, strict_stem: bool | None = None) -> BertsWinMAE:
+def load_original(
+    build: Build, pretrained: str | Path | None, strict_stem: bool | None = None, loss: str | None = None
+) -> BertsWinMAE:
     """Load a whole pre-trained network; arguments are those of :func:`~bertswin_mae.weights.build_pretrained`.
 
-    ``build`` is given ``blockwise_norm`` too.
+    ``build`` is given ``blockwise_norm`` too. ``loss`` is that of the tuning: what it rebuilds, voxels or standardised
+    patches, must be what the decoder has learned to.
     """
     if pretrained is None:
         raise Mistake("give --pretrained, the model.pt of a pre-training")
@@ -40,6 +43,13 @@ def load_original(build: Build, pretrained: str | Path | None, strict_stem: bool
         raise Mistake(
             f"{pretrained} holds an encoder alone, or another network, where the whole one that was pre-trained is "
             "needed, its decoder included: give the model.pt of a pre-training"
+        )
+    trained = recorded(read_record(pretrained), "provenance").get("loss")
+    if None not in (trained, loss) and (trained == NORMALISED) != (loss == NORMALISED):
+        what, instead = ("standardised patches", NORMALISED) if trained == NORMALISED else ("voxels", "l2")
+        raise Mistake(
+            f"{pretrained} was trained with the loss {trained}, so its decoder rebuilds {what}: tune it with "
+            f"--loss {instead}, not {loss}"
         )
     strict_stem = stem_is_strict(weights, pretrained, strict_stem)
     # Of a default stem, blockwise norms can only be wanted of the fresh one that takes its place.
@@ -133,7 +143,7 @@ class StemTuningLoss(nn.Module):
         if objective not in OBJECTIVES:
             raise Mistake(f"objective {objective!r} must be one of {OBJECTIVES}")
         self.objective, self.reconstruction = objective, reconstruction or MaskedL2Loss()
-        if objective == "distillation" and list(self.reconstruction.weights) != ["l2"]:
+        if objective == "distillation" and list(self.reconstruction.weights) not in (["l2"], [NORMALISED]):
             raise Mistake("--loss says how a reconstruction is judged: give --objective reconstruction, or both, too")
 
     def forward(self, prediction: dict[str, Tensor], target: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from scripts.data import find_cases, labelled, read_targets
 from scripts.experiments.proof import experiments as proof
-from scripts.experiments.proof import pretraining
+from scripts.experiments.proof import finetuning, pretraining
 from scripts.experiments.proof import runs as proof_runs
 from scripts.experiments.proof.cohort import carried, count_labels, hold_out
 from scripts.experiments.proof.contestants import PRETRAINING_RATES, PRETRAININGS, SEGMENTATION
@@ -27,6 +27,7 @@ from scripts.experiments.proof.gains import Gain, auroc_gain, labels_worth, mean
 from scripts.experiments.proof.pretraining import Pretraining
 from scripts.experiments.proof.report import report_comparison, report_convergence, report_probes
 from scripts.experiments.proof.runs import Run, execute
+from scripts.mistakes import Mistake
 
 
 @pytest.fixture
@@ -188,6 +189,23 @@ def test_a_gain_is_that_of_each_case_and_its_interval_that_of_drawn_cases():
     assert mean_gain(better, alike) == pytest.approx((0.01, 0.01, 0.01, 20))
 
 
+def test_the_interval_of_a_gain_is_that_of_drawn_patients_each_with_all_cases():
+    rng = np.random.default_rng(1)
+    by_patient = np.repeat(rng.normal(0.02, 0.1, 100), 4)  # four scans each, which differ by nothing
+    scores, nothing = dict(enumerate(by_patient)), dict.fromkeys(range(400), 0.0)
+    patients = {case: f"patient {case // 4}" for case in scores}
+    gain = mean_gain([scores], [nothing], patients)
+    assert gain.value == pytest.approx(by_patient.mean())
+    assert gain.half_width == pytest.approx(1.96 * by_patient.std() / 10, rel=0.05)
+    assert mean_gain([scores], [nothing]).half_width == pytest.approx(gain.half_width / 2, rel=0.05)
+    # Of the AUROC too.
+    true, runs = np.arange(60) % 2, [rng.dirichlet((1, 1), 60) for _ in range(2)]
+    alone = auroc_gain(runs[:1], runs[1:], true)
+    twice = (np.tile(runs[0], (2, 1)), np.tile(runs[1], (2, 1)), np.tile(true, 2), [*range(60)] * 2)
+    together = auroc_gain([twice[0]], [twice[1]], twice[2], twice[3])
+    assert together[:3] == pytest.approx(alone[:3], abs=0.02)
+
+
 def test_the_interval_of_a_mean_is_as_wide_as_theory_has_it():
     values = np.random.default_rng(1).normal(0.02, 0.1, 400)
     gain = mean_gain([dict(enumerate(values))], [dict.fromkeys(range(400), 0.0)])
@@ -295,6 +313,26 @@ def test_a_run_that_diverged_counts_as_nothing_of_any_case(tmp_path):
     gains = comparison(tmp_path, names=["pretrained", "random"]).gains(runs)
     assert gains["pretrained", "random", 4][0] == pytest.approx(-(0.6 + 0.4 + 1.0) / 3 / 2)
     assert gains["pretrained", "random", 4].cases == 3  # of the fourth there is no label
+
+
+def test_a_run_that_diverged_is_a_line_of_the_table_and_not_the_end(experiments, monkeypatch):
+    def runs(runs, jobs):
+        return {key: {"val_dice": 0.5, "val_hausdorff": 2.0, "val_mae": math.inf} for key in runs}
+
+    told = {}
+    for module in (proof, finetuning):
+        monkeypatch.setattr(module, "last_metrics", runs)
+    monkeypatch.setattr(proof, "report_comparison", lambda *found: told.update(scores=found[1]))
+    monkeypatch.setattr(Comparison, "gains", lambda *_: {})
+    monkeypatch.setattr(experiments, "rates", (0.01,))
+    experiments._compare("segmentation", SEGMENTATION, experiments._weights(), experiments.folds, {}, ["random"])
+    assert told["scores"]["random", 5, 0]["val_dice"] == 0.5
+
+
+@pytest.mark.parametrize(("name", "values"), [("num_labelled", [0, 5]), ("num_labelled", "few"), ("seeds", -1)])
+def test_numbers_of_labels_and_seeds_are_read_before_anything_runs(experiments, tmp_path, name, values):
+    with pytest.raises(Mistake, match=f"should be whole numbers, or all, and at least {int(name != 'seeds')}"):
+        Proof(str(tmp_path / "dataset"), str(tmp_path / "out"), **{name: values})
 
 
 def test_numbers_are_compared_by_their_errors_and_classes_by_their_ranks(experiments, tmp_path):

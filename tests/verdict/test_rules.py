@@ -200,3 +200,14 @@ def test_figures_are_finite_or_null_and_the_paragraph_is_plain():
         assert "nan" not in found.paragraph
         assert "None" not in found.paragraph
     assert verdict(made([math.nan] * 6)).figures["unexplained"] is None
+
+
+def test_of_a_loss_within_patches_a_constant_guess_scores_one_as_of_the_others():
+    # What the patches' own means tell is given away: little of the variance of voxels is left, by whatever network.
+    easy = [record | {"val_unexplained": 0.04, "val_baseline_loss": 0.9} for record in made(falling())]
+    assert verdict(easy).name == "too easy"
+    found = verdict(easy, within_patches=True)
+    assert found.name == "healthy"
+    assert "0.31 of the variance within hidden patches unexplained against 0.90" in found.paragraph
+    noise = [record | {"val_loss": 1.0, "val_unexplained": 0.04, "val_baseline_loss": 1.0} for record in easy]
+    assert verdict(noise, within_patches=True).name == "nothing to learn"

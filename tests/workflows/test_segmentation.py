@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from monai.transforms import AsDiscreted, Compose, Flipd, Invertd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scripts import BertsWinEncoder, parallel
 from scripts.engines import LogitsWindowInferer, VolumeEvaluator
@@ -286,6 +287,15 @@ def test_a_label_map_lies_as_its_file_and_a_failure_does_not_end_the_run(tmp_pat
     assert np.array_equal(mask.dataobj, np.asarray(scan.dataobj) > 500)
     assert np.array_equal(mask.affine, scan.affine)
     assert not (out / "huge.nii.gz").exists()  # that of an earlier run
+
+
+def test_labels_that_a_gpu_was_handed_are_scored_where_windows_are_put_together(labelled_cohort, tmp_path):
+    files = ("train.yaml", "finetune_segmentation.yaml", "small.yaml")
+    knobs = FINETUNING | {"dataset_dir": str(labelled_cohort), "output_dir": str(tmp_path)}
+    postprocessing = started(*files, run_id="finetuning", **knobs).parser.get_parsed_content("validate::postprocessing")
+    with FakeTensorMode():  # a GPU's, without one
+        moved = postprocessing.transforms[0]({"label": torch.zeros(1, 4, 4, 4, device="cuda")})
+    assert moved["label"].device.type == "cpu"
 
 
 @pytest.mark.parametrize(("overlays", "groups"), [((), [True, True]), (("peers/unet.yaml",), [True, False])])

@@ -1,7 +1,9 @@
 """Promises of stem tuning."""
 
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,11 @@ from conftest import ROOT, TINY, TINY_KNOBS, bundle, noise, tiny
 from monai.bundle import ConfigWorkflow
 
 from scripts import BertsWinEncoder, BertsWinMAE
+from scripts.losses import MaskedL2Loss, choose_loss
+from scripts.metrics import StemTuningMetrics
+from scripts.mistakes import Mistake
+from scripts.networks import patchify, unpatchify
+from scripts.weights import write_record
 from scripts.workflows import StemTuning, StemTuningLoss, StemTuningReport, load_original
 from scripts.workflows.stem_tuning import summarise
 
@@ -97,6 +104,29 @@ def test_a_summary_compares_the_best_validation_with_the_untuned_network():
     assert later == {name: report[name] for name in ("patch_mode", "volumetric_after", "feature_cosine_after")} | {
         "best_epoch": 1
     }
+
+
+def test_errors_are_of_voxels_also_where_patches_are_standardised():
+    volume = noise(2, 1, 32, 32, 32)
+    target = patchify(volume, 8)
+    loss = StemTuningLoss("distillation", choose_loss("normalised_l2", {"normalised_l2": MaskedL2Loss(True)}))
+    perfect = unpatchify(loss.reconstruction.as_prediction(target), 8, (4, 4, 4))
+    features = torch.ones(2, 8, 4, 4, 4)
+    prediction = {"features": features, "patch_features": features, "patch_mode_cube": perfect}
+    metrics = StemTuningMetrics(loss, 8)
+    metrics.update((volume, target, prediction | {"reconstructed_cube": perfect}))
+    assert metrics.compute()["volumetric"] < 1e-6
+    assert metrics.compute()["patch_mode"] < 1e-6
+
+
+@pytest.mark.parametrize(("trained", "loss", "instead"), [("normalised_l2", "l2", "normalised_l2"),
+                                                         ("structural", "normalised_l2", "l2")])  # fmt: skip
+def test_a_decoder_is_tuned_to_what_it_has_learned_to_rebuild(pretrained, tmp_path, trained, loss, instead):
+    path = Path(shutil.copy(pretrained, tmp_path / "model.pt"))
+    write_record({"provenance": {"loss": trained}}, path)
+    with pytest.raises(Mistake, match=f"was trained with the loss {trained}, .*: tune it with --loss {instead}, not"):
+        load_original(lambda **_: tiny(), path, loss=loss)
+    load_original(lambda **_: tiny(), path, loss=trained)
 
 
 def test_unknown_choices_are_refused():

@@ -61,7 +61,7 @@ class Proof:
     def __post_init__(self) -> None:
         dataset, self.folder = (Path(path).expanduser().resolve() for path in (self.dataset_dir, self.output_dir))
         find_cases(dataset)  # so that what is wrong is named as it was given
-        self.num_labelled, self.seeds = _numbers(self.num_labelled), _numbers(self.seeds)
+        self.num_labelled, self.seeds = _numbers(self.num_labelled), _numbers(self.seeds, 0)
         self.rates, self.knobs = ensure_tuple(self.rates), dict(self.knobs or {})
         if any(rate < 0 for rate in self.rates) or (self.rates and not any(self.rates)):
             raise Mistake(
@@ -110,7 +110,9 @@ class Proof:
         network, labels = carried(weights), self._label_knobs()
         if not network.get("strict_stem"):
             raise Mistake(f"{weights} has no strict stem, as patch mode needs: pre-train with --strict_stem true")
-        knobs = TUNING | network | {"dataset_dir": self.dataset_dir, "pretrained": str(weights)}
+        known = ConfigParser.load_config_files(Run(self.folder, "tuning", {}).config_files())
+        given = {name: value for name, value in self.knobs.items() if name in known}  # overlap is the segmentations'
+        knobs = TUNING | network | given | {"dataset_dir": self.dataset_dir, "pretrained": str(weights)}
         tuned = Run(self.folder / "tuning" / "stem", "tuning", knobs)
         execute([tuned], 1)
         states = {"pretrained": weights, "untuned": weights, "tuned": tuned.last_weights()}
@@ -207,7 +209,7 @@ class Proof:
         runs = comparison.runs(found)
         scores, blind = last_metrics(runs, self.jobs), guess(targets) if targets else None
         for last in scores.values():
-            if math.isinf(last.get("val_mae", 0)):  # it diverged, and counts as a guess, as it does case by case
+            if blind and math.isinf(last.get("val_mae", 0)):  # it diverged: a guess, as case by case
                 last |= {"val_r2": 0.0, **blind}
         report_comparison(comparison, scores, comparison.gains(runs), found, blind)
 
@@ -236,9 +238,9 @@ def _fresh_network(knobs: Mapping[str, Any], seed: int) -> dict[str, torch.Tenso
     return ConfigParser(config | knobs).get_parsed_content("network_def").state_dict()
 
 
-def _numbers(values: Sequence[int | str | None] | int | str | None) -> list[int | None]:
-    """Read one number or several; ``all`` (or None) becomes None."""
+def _numbers(values: Sequence[int | str | None] | int | str | None, low: int = 1) -> list[int | None]:
+    """Read one number or several, at least ``low``; ``all`` (or None) becomes None."""
     found = [None if value in (None, "all") else value for value in ensure_tuple(values)]
-    if any(value is not None and (not isinstance(value, int) or value < 0) for value in found):
-        raise Mistake(f"{values} should be whole numbers, or all")
+    if any(value is not None and (not isinstance(value, int) or value < low) for value in found):
+        raise Mistake(f"{values} should be whole numbers, or all, and at least {low}")
     return found

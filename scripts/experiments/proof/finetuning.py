@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data import Targets, find_cases
+from ...data import Targets, find_cases, patient_of
 from ...data.describing import Case
 from ...mistakes import Mistake
 from .cohort import hold_out
@@ -120,14 +120,16 @@ class Comparison:
         return gains
 
     def _gain(self, first: Sequence[Run], second: Sequence[Run]) -> Gain:
+        validation = self.targets.validation if self.targets else self.folds["validation"]
+        patients = {case["case"]: patient_of(case) for case in validation}
         if not (self.targets and self.targets.classes):
-            return mean_gain(*([self._by_case(run) for run in runs] for runs in (first, second)))
+            return mean_gain(*([self._by_case(run) for run in runs] for runs in (first, second)), patients)
         tables = [run.rows("scores.csv") for run in (*first, *second)]
         names = {case["case"] for case in self.targets.validation}
         cases = sorted(names.intersection(*filter(None, tables)))
         found = [self._probabilities(table, cases) for table in tables]
         true = np.array([self.targets.values[case] for case in cases]).astype(int)
-        return auroc_gain(found[: len(first)], found[len(first) :], true)
+        return auroc_gain(found[: len(first)], found[len(first) :], true, [patients[case] for case in cases])
 
     def _by_case(self, run: Run) -> dict[str, float]:
         """Read Dice, or the negative error, of every case: of a run that diverged 0, or the error of a guess."""

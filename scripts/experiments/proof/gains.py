@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ ByCase = Mapping[str, float]  # scores of one run
 
 
 class Gain(NamedTuple):
-    """A difference, and its 95 % bootstrap interval over cases."""
+    """A difference, and its 95 % bootstrap interval over patients."""
 
     value: float
     low: float
@@ -27,28 +27,35 @@ class Gain(NamedTuple):
         return (self.high - self.low) / 2
 
 
-def mean_gain(first: Sequence[ByCase], second: Sequence[ByCase]) -> Gain:
+def mean_gain(first: Sequence[ByCase], second: Sequence[ByCase], patients: Mapping[str, str] | None = None) -> Gain:
     """Take the difference of mean scores, the larger the better, of the cases that both have.
 
     Args:
-        first: its scores with each seed, which are averaged case by case before cases are drawn.
+        first: its scores with each seed, which are averaged case by case before patients are drawn.
         second: the other one's.
+        patients: whose each case is; default: a patient each.
     """
     cases = sorted(set.intersection(*map(set, (*first, *second))))
     means = [[statistics.fmean(scores[case] for scores in seeds) for case in cases] for seeds in (first, second)]
-    differences = np.subtract(*means)
-    return _gain(differences.mean(), _draws(len(cases)) @ differences / len(cases), len(cases))
+    differences, draws = np.subtract(*means), _draws([(patients or {}).get(case, case) for case in cases])
+    return _gain(differences.mean(), draws @ differences / draws.sum(1), len(cases))
 
 
-def auroc_gain(first: Sequence[np.ndarray], second: Sequence[np.ndarray], true: np.ndarray) -> Gain:
+def auroc_gain(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    true: np.ndarray,
+    patients: Sequence[str] | None = None,
+) -> Gain:
     """Take the difference of AUROCs, the mean over seeds and over the classes that are there, each against the rest.
 
     Args:
         first: its probabilities ``(cases, K)`` with each seed.
         second: the other one's.
         true: the places of classes, ``(cases,)``.
+        patients: whose each case is; default: a patient each.
     """
-    draws, gains, drawn = _draws(len(true)), [], []
+    draws, gains, drawn = _draws(range(len(true)) if patients is None else patients), [], []
     for place in np.unique(true):
         inside, outside = true == place, true != place
         ranks = [np.mean([_ranked(run[inside, place], run[outside, place]) for run in runs], 0)
@@ -77,9 +84,19 @@ def labels_worth(goal: float, curve: Sequence[tuple[int, float]]) -> float | Non
     return None
 
 
-def _draws(cases: int) -> np.ndarray:
-    """Draw as many cases again and again, the same ones every time: how often each is drawn, ``(RESAMPLES, cases)``."""
-    return np.random.default_rng(0).multinomial(cases, np.full(cases, 1 / cases), size=RESAMPLES)
+def _draws(patients: Sequence[Any]) -> np.ndarray:
+    """Draw as many patients again and again, the same ones every time, each with all cases.
+
+    Args:
+        patients: whose each case is.
+
+    Returns:
+        How often each case is drawn, ``(RESAMPLES, cases)``.
+    """
+    places = {patient: place for place, patient in enumerate(dict.fromkeys(patients))}
+    shares = np.full(len(places), 1 / len(places))
+    drawn = np.random.default_rng(0).multinomial(len(places), shares, size=RESAMPLES)
+    return drawn[:, [places[patient] for patient in patients]]
 
 
 def _ranked(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
