@@ -55,6 +55,7 @@ PRETRAINING = ("pretraining", "conductor")  # what they start from may be of ano
 TRACKING_KNOBS = {
     k for tool in DEFAULT_EXP_MGMT_SETTINGS.values() for k in tool["configs"].keys() - tool["handlers_id"]
 }
+EVERY_TENTH = "$(lambda engine, event: event % 10 == 0) if @on_gpu else True"  # to read a loss, a GPU is waited for
 SECONDS_FOR_THE_FIRST_RANK = 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or a quota
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -176,6 +177,8 @@ def check_run(device: str | torch.device, folders: Sequence[str | Path], resume:
     except (RuntimeError, AssertionError) as error:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         raise Mistake(f"device {device} cannot be used ({reason(error)}); --device {here} would do") from error
+    if (chosen := torch.device(device)).type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # what asks for no device of its own, such as a peak of memory, means this one
     for folder in map(Path, folders):
         if folder.parts[:1] == ("~",):
             raise Mistake(f"{folder} would be a folder called ~: write the path out, {folder.expanduser()}")
@@ -262,6 +265,7 @@ def _fit_tracking(parser: ConfigParser) -> None:
     for place, handler in enumerate(parser.get("train", {}).get("handlers", [])):
         if isinstance(handler, dict) and handler.get("_target_") == "MLFlowHandler":
             parser[f"train::handlers::{place}::output_transform"] = "$lambda output: output['loss']"
+            parser[f"train::handlers::{place}::iteration_log"] = EVERY_TENTH
 
 
 def _unknown(name: str, defaults: dict[str, Any], file: str) -> str:

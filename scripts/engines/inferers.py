@@ -113,7 +113,12 @@ class WindowInferer(SlidingWindowInferer):
     ) -> None:
         settings |= {"mode": "gaussian", "sw_device": device, "device": "cpu"}
         super().__init__(tuple(window_size), batch_size, overlap, **settings)
-        self.autocast = AutocastInferer(precision, device)
+        self.precision, self.autocast = precision, AutocastInferer(precision, device)
+
+    def to(self, device: str | torch.device) -> "WindowInferer":
+        """Go where the network went."""
+        self.sw_device, self.autocast = device, AutocastInferer(self.precision, device)
+        return self
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

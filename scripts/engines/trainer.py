@@ -25,7 +25,8 @@ from ..mistakes import Mistake
 __all__ = ["MAETrainer", "NonFiniteLossError"]
 
 
-CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
+# Of the CPU, of CUDA outside of torch's own memory, of cuBLAS and cuDNN.
+IS_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
 class NonFiniteLossError(Mistake):
@@ -95,8 +96,8 @@ class MAETrainer(SupervisedTrainer):
         """Do one iteration; every ``accumulation_steps`` of them, and at the end of an epoch, step the optimiser."""
         try:
             return self._iterate(engine, batchdata)
-        except RuntimeError as error:  # what a CPU says is any error
-            if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+        except RuntimeError as error:  # all but the first kind are any error
+            if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in IS_FULL):
                 raise
             batch = len(batchdata[Keys.IMAGE])
             smaller = "lower batch_size and raise accumulation_steps by the same factor, which trains alike, or "

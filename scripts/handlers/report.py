@@ -152,14 +152,20 @@ class TrainingReport:
     def start(self, _: Engine) -> None:
         """Look at the clock."""
         self.started, self.waited, self.iterated = time.monotonic(), 0.0, 0.0
+        self.on_gpu, self.events = torch.cuda.is_initialized(), []
 
     def begin_iteration(self) -> None:
         """Start to wait for a batch."""
         self.asked = time.monotonic()
+        if self.on_gpu:
+            self.events.append(_recorded_event())
 
     def end_waiting(self) -> None:
-        """Add up what was waited for data."""
-        self.waited += time.monotonic() - self.asked
+        """Add up what was waited for data: on a GPU, which is behind, how long it had nothing to do."""
+        if self.on_gpu:
+            self.events.append(_recorded_event())
+        else:
+            self.waited += time.monotonic() - self.asked
 
     def end_iteration(self) -> None:
         """Add up the iterations, waiting included."""
@@ -232,6 +238,11 @@ class TrainingReport:
             ("an epoch, with its validation", f"{_usual_seconds(records):.3g} s in the median"),
             ("since the last start", f"{timedelta(seconds=round(time.monotonic() - self.started))} h"),
         ]
+        if self.events:
+            torch.cuda.synchronize()
+            pairs = zip(self.events[::2], self.events[1::2], strict=False)  # the last one may wait yet
+            self.waited += sum(idle.elapsed_time(busy) for idle, busy in pairs) / 1000
+            self.events.clear()
         if self.iterated:
             costs.append(("waiting for data", f"{self.waited / self.iterated:.0%} of the training"))
         return [*costs, *memory()]
@@ -278,6 +289,12 @@ def about_run(settings: Mapping[str, Setting]) -> list[Element]:
         section("Settings", own, details(f"All {len(settings)} knobs", everything)),
         section("Versions", element("p", ", ".join(f"{name} {version}" for name, version in versions.items()), ".")),
     ]
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def memory() -> list[tuple[str, str]]:

@@ -109,7 +109,8 @@ class PretrainedEncoder(nn.Module):
             item = self.transform(case)
         except RuntimeError as error:
             raise Mistake(reason(error)) from error
-        answer = self.extract(SimpleNamespace(network=self.encoder, inferer=self.inferer), item)
+        inferer = self.inferer.to(next(self.encoder.parameters()).device)  # where its user has put it
+        answer = self.extract(SimpleNamespace(network=self.encoder, inferer=inferer), item)
         return Embedding(case["case"], answer["embedding"], answer["maps"]["features"])
 
 

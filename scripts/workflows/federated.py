@@ -67,5 +67,5 @@ def average_updates(
     new = {name: value.clone() for name, value in weights.items()}
     for update, share in zip(updates, torch.tensor(shares) / sum(shares), strict=True):
         for name, difference in update.items():
-            new[name] += share * difference
+            new[name] += (share * difference).to(new[name].device)  # MONAI hands differences over on the CPU
     return new

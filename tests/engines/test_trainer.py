@@ -261,6 +261,8 @@ def test_a_fused_optimiser_that_is_looked_at_later_trains_the_same_network():
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+                                   RuntimeError("CUDA error: out of memory"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
 def test_too_little_memory_ends_the_run_with_what_would_do(error):
     network = tiny()

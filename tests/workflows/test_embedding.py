@@ -67,6 +67,13 @@ def test_the_encoder_takes_what_the_transform_prepares(place):
     assert encoder.record["preprocessing"]["modality"] == "mr"
 
 
+def test_windows_go_where_the_encoder_was_moved(place):
+    pretrained, scan = from_pretrained(place / "run", device="cpu"), place / "data" / "sub" / "s0.nii.gz"
+    before = pretrained.embed(scan).embedding
+    pretrained.inferer.to("meta")  # as if it had been built for another device
+    assert torch.equal(pretrained.embed(scan).embedding, before)
+
+
 def test_the_weights_of_the_bundle_are_the_default_and_a_folder_of_it_will_do():
     volume = torch.rand(1, 1, 64, 64, 64)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_KNOBS, records
 from monai.fl.utils.exchange_object import ExchangeObject
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scripts.experiments.federated import compare
 from scripts.mistakes import Mistake, causes
@@ -34,6 +35,12 @@ def exchanged(site):
         weights = average_updates(weights, [handed[-1].weights], [1])
         rates.append(site.trainer.optimizer.param_groups[0]["lr"])
     return handed, rates
+
+
+def test_differences_on_the_cpu_are_added_to_weights_on_a_gpu():
+    with FakeTensorMode():  # a GPU's, without one
+        (new,) = average_updates({"w": torch.zeros(3, device="cuda")}, [{"w": torch.ones(3)}], [1]).values()
+    assert new.device.type == "cuda"
 
 
 @pytest.fixture

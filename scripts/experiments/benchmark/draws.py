@@ -95,7 +95,7 @@ def _timed(name: str, work: Callable[[], Any], found: dict[str, list[float]], de
     start = clock()
     result = work()
     if on_gpu:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     found.setdefault(name, []).append(clock() - start)
     return result
 

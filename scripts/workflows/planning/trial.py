@@ -25,6 +25,7 @@ __all__ = ["Trial", "bundle_command", "places", "run_and_measure", "try_training
 ITERATIONS, EPOCHS = 8, 4  # every second one validated: the first time a GPU compiles for it
 TRAINED, VALIDATED = 8, 2  # volumes
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
+OUT_OF_MEMORY += ("ALLOC_FAILED",)  # of cuBLAS and cuDNN
 OUT_OF_MEMORY += ("killed by signal", "exited unexpectedly")  # a worker of the data loader
 KILLED = (-9, 137)  # by the system, when memory runs out
 
