@@ -111,7 +111,7 @@ def check_knobs(weights: str = "pretrained") -> None:
 
 def overridden() -> set[str]:
     """Name what stands on the command line, even if it is what the config says anyway."""
-    return set(_overrides())
+    return set(_command().get("override", {}))
 
 
 def as_published(parser: ConfigParser, recipe: str | None = None) -> tuple[list[str], dict[str, Any]]:
@@ -177,7 +177,8 @@ def check_run(device: str | torch.device, folders: Sequence[str | Path], resume:
     except (RuntimeError, AssertionError) as error:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         raise Mistake(f"device {device} cannot be used ({reason(error)}); --device {here} would do") from error
-    if (chosen := torch.device(device)).type == "cuda" and chosen.index is not None:
+    chosen = torch.device(device)
+    if parallel.is_bundle_command() and chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # what asks for no device of its own, such as a peak of memory, means this one
     for folder in map(Path, folders):
         if folder.parts[:1] == ("~",):
@@ -238,22 +239,26 @@ def _is_workflow(steps: Any) -> bool:
     return isinstance(first, dict) and str(first.get("_target_")).endswith(f".{check_knobs.__name__}")
 
 
-def _overrides() -> dict[str, Any]:
+def _command() -> dict[str, Any]:
+    """Find the arguments of ``monai.bundle.run``: its components are not handed them."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is monai.bundle.scripts.run.__code__:
-            return frame.f_locals["override"]
+            return frame.f_locals
         frame = frame.f_back
     return {}
 
 
 def _nulls() -> dict[str, None]:
-    """Find what is null on the command line as Python spells it: MONAI takes a None for an override that is not there.
+    """Find the knobs that are null on the command line as Python spells it, ``--spacing None``: MONAI drops them.
 
-    So it is in a program's call of :func:`monai.bundle.run`.
+    A program that calls :func:`monai.bundle.run` means by None, as MONAI does, that it says nothing.
     """
-    given = _overrides() if parallel.is_bundle_command() else {}
-    return {name: None for name, value in given.items() if value is None and name.isidentifier()}
+    command, workflow = _command(), caller(ConfigWorkflow)
+    # A prediction runs another workflow within that of the command, whose knobs are not its own.
+    is_its_own = workflow is not None and command.get("run_id") == workflow.run_id
+    given = command["override"] if is_its_own and parallel.is_bundle_command() else {}
+    return {name: None for name, value in given.items() if value is None and name.isidentifier()}  # no `train#x`
 
 
 def _fit_tracking(parser: ConfigParser) -> None:

@@ -185,7 +185,7 @@ def _typed(name: str, value: Any, example: Any) -> Any:
         entries = [_number(entry, type(example[0])) for entry in value] if fits else [None]
         if None in entries:
             return None
-        return value if all(map(operator.is_, value, entries)) else entries
+        return value if isinstance(value, list) and all(map(operator.is_, value, entries)) else entries
     return str(value) if name in (*PATHS, *WEIGHTS) else value  # a folder may be called 2024
 
 

@@ -90,8 +90,6 @@ class HiddenVoxelMetrics(SumMetric):
         hidden = voxel_mask(volume, prediction["mae_mask_1d"]).expand_as(volume)
         truth, error = volume[hidden].double(), (rebuilt - volume)[hidden].double()
         pads = (F.pad(image, (SSIM_WINDOW // 2,) * 6, mode="replicate") for image in (rebuilt, volume))
-        if volume.is_cuda:  # whose convolutions in float32 may round to ten bits, and this takes differences of them
-            pads = (image.double() for image in pads)
         ssim, _ = compute_ssim_and_cs(*pads, 3, (SSIM_WINDOW,) * 3, (SSIM_SIGMA,) * 3, self.data_range)
         values = (error.square(), error.abs(), ssim[hidden].double(), truth, truth.square())
         return torch.stack([truth.new_tensor(truth.numel()), *(value.sum() for value in values)])

@@ -195,6 +195,12 @@ def test_what_is_read_as_meant_reaches_the_run(tmp_path):
     assert resolve("padding")[0] == -1.7125  # of a CT
 
 
+def test_lists_are_lists_however_the_command_line_spells_them():
+    # A resumed run compares them, and (2.0, 2.0, 2.0) is no [2.0, 2.0, 2.0].
+    assert read("spacing", (2.0, 2.0, 2.0), None) == [2.0, 2.0, 2.0]
+    assert read("img_size", ("64", 64, 64), [32, 32, 32]) == [64, 64, 64]
+
+
 def test_expressions_and_other_parts_of_a_config_are_left_alone():
     assert is_expression("@max_epochs")
     for name, value in (("learning_rate", "$1e-4"), ("spacing", "@other"), ("cache", "%cache"), ("batch_size", "$-1")):

@@ -150,7 +150,7 @@ def list_cases(
         files = (file.parent.resolve() for case in cases for file in case_files(case, ("image", "label")))
         inside = source.is_dir() and output.is_relative_to(source)
         if inside or any(folder.is_relative_to(output) for folder in set(files)):
-            where = "lies within" if inside else "holds volumes of"
+            where = "lies within" if inside else "holds files of"
             raise Mistake(f"output_dir {output_dir} {where} the dataset {dataset_dir}: choose a folder beside it")
     return cases
 
@@ -165,7 +165,10 @@ def labelled(cases: Sequence[Case], most: int | None = None, seed: int = 0) -> l
     if len(kept) < len(cases):
         logger.info("%d of %d cases have a label, the others are left out", len(kept), len(cases))
     if not kept:
-        raise Mistake("none of the cases has a label: a Decathlon folder or a datalist that gives them is needed")
+        raise Mistake(
+            "none of the cases has a label map: a Decathlon folder or a datalist that gives them is needed; a number "
+            "under label is read as the case's class"
+        )
     if gone := [case["label"] for case in kept if not Path(case["label"]).exists()]:
         raise Mistake(f"{len(gone)} of {len(kept)} label maps are not where the list says, the first one {gone[0]}")
     if most is None:

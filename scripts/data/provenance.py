@@ -18,7 +18,7 @@ from .index import Index
 
 __all__ = ["licence_of", "provenance", "warn_of_seen"]
 
-REBUILDING = ("pretraining", "conductor", "stem_tuning")
+REBUILDING = ("pretraining", "conductor")  # recipes that train a decoder
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,14 @@ def provenance(
         pretrained: weights to start from; what those have seen counts too.
         recipe: name of the training's.
         preprocessing: ``modality``, ``spacing``, ``intensity``, …
-        loss: by which a decoder learned to rebuild volumes; of a fine-tuning, whose is another, it is left out.
+        loss: of a pre-training, by which its decoder learns to rebuild volumes. What follows keeps that of its weights.
 
     Returns:
         Plain values by name, no paths among them. ``seen`` is a ``salt`` and a hash of each volume: they tell whether
         somebody who has a volume may test on it, and nothing to those who have not.
     """
+    if recipe not in REBUILDING:
+        loss = recorded(read_record(pretrained), "provenance").get("loss")
     described = index.describe(cases)
     hashes = {facts["hash"] for facts in described}
     before = _seen(pretrained)
@@ -56,7 +58,7 @@ def provenance(
         "versions": {"bertswin_mae": bundle_version(), "monai": monai.__version__, "torch": torch.__version__},
         "provenance": {
             "recipe": recipe,
-            **({"loss": loss} if recipe in REBUILDING else {}),
+            **({"loss": loss} if loss else {}),
             "date": datetime.now(tz=timezone.utc).date().isoformat(),
             "volumes": len(cases),
             "started_from_sha256": pretrained and sha256(pretrained),

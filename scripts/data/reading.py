@@ -223,13 +223,14 @@ def data_files(path: Path, header: dict[str, str] | None = None) -> list[Path]:
 
 def _refuse_cut_off(path: Path, header: dict[str, str]) -> None:
     """Refuse a MetaImage that has fewer bytes than it says: ITK's message would not tell."""
-    name = header.get("elementdatafile", "%")  # or a pattern: files of a slice each
-    is_text = header.get("binarydata", "").lower() == "false"
-    if "%" in name or name.upper().startswith("LIST") or is_text or header.get("compresseddata", "").lower() == "true":
+    if "elementdatafile" not in header or header.get("compresseddata", "").lower() == "true":
+        return
+    if header.get("binarydata", "").lower() == "false":  # its numbers are text
         return
     sizes = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
     kind = header.get("elementtype", "").removeprefix("MET_").removeprefix("U")
-    if kind not in sizes:
+    name = header["elementdatafile"]  # or a list or a pattern: a file a slice
+    if kind not in sizes or name.upper().startswith("LIST") or "%" in name:
         return
     file = (data_files(path, header) or [path])[0]
     needed = sizes[kind] * int(header.get("elementnumberofchannels", 1))

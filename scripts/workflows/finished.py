@@ -19,12 +19,13 @@ from ..cli import TRACKING_KNOBS, as_published, caller, overridden
 from ..data import dataset_facts, licence_of
 from ..knobs import PATHS, is_expression, is_knob
 from ..mistakes import Mistake
-from ..weights import read_weights, stem_is_strict
+from ..weights import read_record, read_weights, recorded, stem_is_strict
 
 __all__ = ["FinishedBundle", "predict"]
 
 logger = logging.getLogger(__name__)
 
+CONTINUED = "continued"  # the recipe of a finished bundle's own training
 FIXED = ("modality", "in_chans", "img_size")  # of the fine-tuning: a prediction cannot change them
 KEPT = ("schema", "monai_version", "pytorch_version", "numpy_version", "required_packages_version")  # of our metadata
 DROPPED = ("_meta_", "encoder", "plan", "prediction", "sample", *TRACKING_KNOBS.difference(PATHS))  # to train further
@@ -72,7 +73,7 @@ class FinishedBundle:
             logger.info("no bundle is made of a network that stands for comparison")
             return
         folder = finished_folder(self.ckpt_dir) if self.template else self.root
-        if self.template and _trained_further(folder, weights):
+        if self.template and _trained_further(folder):
             logger.warning("the bundle in %s was trained further and stays as it is: move it to have a new one", folder)
             return
         with tempfile.TemporaryDirectory(dir=folder.parent if self.template else folder, prefix=".bundle.") as place:
@@ -158,7 +159,7 @@ class FinishedBundle:
             **shared,
             **dict.fromkeys(names, "%training"),
             "training": config["training"],
-            "recipe": "continued",
+            "recipe": CONTINUED,
             "imports": imports,
             "output_dir": "$@bundle_root + '/runs/' + time.strftime('%Y-%m-%d_%H-%M-%S')",
             "pretrained": "$@bundle_root + '/models/model.pt'",
@@ -305,10 +306,9 @@ def _replace(made: Path, folder: Path) -> None:
     made.rename(folder)
 
 
-def _trained_further(folder: Path, weights: Path) -> bool:
-    """Tell whether a bundle has been trained since these weights went into it."""
-    since = weights.stat().st_mtime
-    return any(path.stat().st_mtime > since for path in folder.glob("runs/*/checkpoints/model.pt"))
+def _trained_further(folder: Path) -> bool:
+    """Tell whether a bundle's weights are of a training of its own."""
+    return recorded(read_record(folder / "models/model.pt"), "provenance").get("recipe") == CONTINUED
 
 
 def _renew(made: Path, folder: Path) -> None:

@@ -244,7 +244,7 @@ def test_results_never_replace_the_label_maps_of_a_list(tmp_path):
         write_volume(tmp_path / folder / "c0.nii.gz")
     datalist = tmp_path / "list.json"
     datalist.write_text(json.dumps({"training": [{"image": "scans/c0.nii.gz", "label": "labels/c0.nii.gz"}]}))
-    with pytest.raises(ValueError, match="holds volumes of the dataset"):
+    with pytest.raises(ValueError, match="holds files of the dataset"):
         list_cases(datalist, output_dir=tmp_path / "labels")
     assert len(list_cases(datalist, output_dir=tmp_path / "out")) == 1
 
@@ -252,5 +252,5 @@ def test_results_never_replace_the_label_maps_of_a_list(tmp_path):
 def test_results_may_lie_beside_one_volume_but_not_in_its_place(tmp_path):
     scan = write_volume(tmp_path / "data" / "c0.nii.gz")
     assert len(list_cases(scan, output_dir=tmp_path / "data" / "out")) == 1
-    with pytest.raises(ValueError, match="holds volumes of the dataset"):
+    with pytest.raises(ValueError, match="holds files of the dataset"):
         list_cases(scan, output_dir=tmp_path / "data")

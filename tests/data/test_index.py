@@ -198,10 +198,11 @@ def test_a_copy_in_another_order_of_axes_is_a_copy(tmp_path):
 
 def test_weights_know_what_they_saw_and_what_those_before_them_did(tmp_path, caplog):
     index, cases = Index(None), cohort_of(tmp_path / "data", 5)
-    first = provenance(cases[:2], index)
+    first = provenance(cases[:2], index, recipe="pretraining", loss="structural")
     (tmp_path / "model.pt").write_bytes(b"weights")
     (tmp_path / "model.json").write_text(json.dumps(first))
-    second = provenance(cases[2:3], index, tmp_path / "model.pt")
+    second = provenance(cases[2:3], index, tmp_path / "model.pt", recipe="stem_tuning", loss="l2")
+    assert second["provenance"]["loss"] == "structural"  # of the decoder, which a tuning leaves as it is
     assert set(first["seen"]["hashes"]) < set(second["seen"]["hashes"])
     assert not {facts["hash"] for facts in index.describe(cases)} & set(second["seen"]["hashes"])
     (tmp_path / "tuned.json").write_text(json.dumps(second))

@@ -17,6 +17,7 @@ from test_configs import REQUIRED
 
 from scripts.data import label_names
 from scripts.mistakes import Mistake
+from scripts.weights import read_record, write_record
 from scripts.workflows import finished
 
 KNOBS = {name: value for name, value in TINY_KNOBS.items() if name != "figure_interval"}
@@ -271,8 +272,7 @@ def test_a_run_that_has_nothing_left_to_do_writes_its_bundle_again(labelled, fol
     assert before == after
     assert answer.is_file()
     shutil.rmtree(tmp_path / "out/bundle/scripts")
-    further = tmp_path / "out/bundle/runs/1/checkpoints/model.pt"  # and its weights are those of this training
-    further.parent.mkdir(parents=True)
-    further.touch()
+    model = tmp_path / "out/bundle/models/model.pt"  # as a training of the bundle's own renews it
+    write_record(read_record(model) | {"provenance": {"recipe": "continued"}}, model)
     finetune(labelled, tmp_path / "out", resume=True, spacing=[1.2, 1.3, 1.7])
     assert not (tmp_path / "out/bundle/scripts").exists()
