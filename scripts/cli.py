@@ -8,9 +8,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import monai.bundle.scripts
@@ -63,12 +63,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def caller(kind: type[T]) -> T | None:
     """Find the parser or workflow whose config is being resolved: its components are not handed it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(caller := frame.f_locals.get("self"), kind):
-            return caller
-        frame = frame.f_back
-    return None
+    return next((own for frame in _frames() if isinstance(own := frame.f_locals.get("self"), kind)), None)
 
 
 def check_knobs(weights: str = "pretrained") -> None:
@@ -241,12 +236,16 @@ def _is_workflow(steps: Any) -> bool:
 
 def _command() -> dict[str, Any]:
     """Find the arguments of ``monai.bundle.run``: its components are not handed them."""
+    ran = monai.bundle.scripts.run.__code__
+    return next((frame.f_locals for frame in _frames() if frame.f_code is ran), {})
+
+
+def _frames() -> Iterator[FrameType]:
+    """Walk the calls that are being made, from this one outwards."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is monai.bundle.scripts.run.__code__:
-            return frame.f_locals
+        yield frame
         frame = frame.f_back
-    return {}
 
 
 def _nulls() -> dict[str, None]:

@@ -7,3 +7,4 @@ from .report import *
 from .resuming import *
 from .threads import *
 from .validation import *
+from .waiting import *

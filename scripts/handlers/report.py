@@ -28,6 +28,7 @@ from ..losses import NORMALISED
 from ..verdict.rules import Facts, Verdict, judge
 from ..weights import bundle_version, checkpoints
 from .pages import Element, chart, details, element, picture, section, table, write
+from .waiting import WaitingClock
 
 __all__ = ["Setting", "TrainingReport", "WarningLog"]
 
@@ -136,40 +137,21 @@ class TrainingReport:
     validator: Engine  # which knows the best epoch
     cases: Mapping[str, Sequence[Case]]  # by fold
     settings: Mapping[str, Setting]
+    clock: WaitingClock = field(default_factory=WaitingClock, init=False)
     told: BaseException | None = field(default=None, init=False)  # Ignite tells twice of an error in an iteration
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer."""
         if idist.get_rank() == 0:
+            self.clock.attach(engine)
             engine.add_event_handler(Events.STARTED, self.start)
-            engine.add_event_handler(Events.GET_BATCH_STARTED, self.begin_iteration)
-            engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.end_waiting)
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self.end_iteration)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.follow)
             engine.add_event_handler(Events.COMPLETED, self.finish)
             engine.add_event_handler(Events.EXCEPTION_RAISED, self.tell_failure)
 
     def start(self, _: Engine) -> None:
         """Look at the clock."""
-        self.started, self.waited, self.iterated = time.monotonic(), 0.0, 0.0
-        self.on_gpu, self.events = torch.cuda.is_initialized(), []
-
-    def begin_iteration(self) -> None:
-        """Start to wait for a batch."""
-        self.asked = time.monotonic()
-        if self.on_gpu:
-            self.events.append(_recorded_event())
-
-    def end_waiting(self) -> None:
-        """Add up what was waited for data: on a GPU, which is behind, how long it had nothing to do."""
-        if self.on_gpu:
-            self.events.append(_recorded_event())
-        else:
-            self.waited += time.monotonic() - self.asked
-
-    def end_iteration(self) -> None:
-        """Add up the iterations, waiting included."""
-        self.iterated += time.monotonic() - self.asked
+        self.started = time.monotonic()
 
     def follow(self, engine: Engine) -> None:
         """Write the page, if this epoch was validated."""
@@ -238,13 +220,8 @@ class TrainingReport:
             ("an epoch, with its validation", f"{_usual_seconds(records):.3g} s in the median"),
             ("since the last start", f"{timedelta(seconds=round(time.monotonic() - self.started))} h"),
         ]
-        if self.events:
-            torch.cuda.synchronize()
-            pairs = zip(self.events[::2], self.events[1::2], strict=False)  # the last one may wait yet
-            self.waited += sum(idle.elapsed_time(busy) for idle, busy in pairs) / 1000
-            self.events.clear()
-        if self.iterated:
-            costs.append(("waiting for data", f"{self.waited / self.iterated:.0%} of the training"))
+        if (waiting := self.clock.share()) is not None:
+            costs.append(("waiting for data", f"{waiting:.0%} of the training"))
         return [*costs, *memory()]
 
 
@@ -289,12 +266,6 @@ def about_run(settings: Mapping[str, Setting]) -> list[Element]:
         section("Settings", own, details(f"All {len(settings)} knobs", everything)),
         section("Versions", element("p", ", ".join(f"{name} {version}" for name, version in versions.items()), ".")),
     ]
-
-
-def _recorded_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 def memory() -> list[tuple[str, str]]:

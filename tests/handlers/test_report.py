@@ -85,30 +85,6 @@ def test_the_page_of_a_training_says_what_came_out_of_what(tmp_path, warned):
     assert "All 3 knobs" in page
 
 
-def test_a_gpu_waits_for_data_while_it_has_nothing_to_do(tmp_path, monkeypatch):
-    class Event:  # as of a GPU that was idle for 30 ms before each batch
-        count = 0
-
-        def __init__(self):
-            self.number, Event.count = Event.count, Event.count + 1
-
-        def elapsed_time(self, other):
-            assert (self.number % 2, other.number) == (0, self.number + 1)
-            return 30.0
-
-    monkeypatch.setattr(report, "_recorded_event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    handler = TrainingReport(tmp_path, Engine(lambda *_: None), {}, {})
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    handler.start(None)
-    for _ in range(3):
-        handler.begin_iteration()
-        handler.end_waiting()
-    handler.iterated = 0.9
-    for _ in range(2):  # what was read is not read again
-        assert ("waiting for data", "10% of the training") in handler._costs([{"epoch": 1, "seconds": 1.0}])
-
-
 JUDGED = {f"val_baseline_{name}": 0.9 for name in ("mean", "nearest", "blur", "loss")}
 JUDGED |= {"val_psnr": 10.0, "val_effective_rank": 9.0, "val_dead_channels": 0.0, "val_token_cosine": 0.5}
 
