@@ -59,6 +59,8 @@ def to_authors(source: str, target: str, config_file: str | Sequence[str] = CONF
 
     Arguments and errors as for :func:`from_authors`; the target holds ``model_state_dict``.
     """
+    if Path(target).suffix == ".safetensors":
+        raise Mistake(f"{target} would hold flat weights, and the authors' checkpoint is none: let it end in .pt")
     network = _filled(_network(config_file, knobs), weights.read_weights(source), source)
     weights.save({"model_state_dict": weights.to_reference_state_dict(network)}, target)
     print(f"wrote {target}")
@@ -92,11 +94,12 @@ def _save(state_dict: dict[str, Tensor], record: dict[str, Any], target: str) ->
         weights.save(state_dict, target, head={"record": json.dumps(record)})
         return
     beside = Path(target).with_suffix(".json")
+    known = weights.read_record(target)
+    if beside.exists() and (not record or not known.keys() & {"format", "network", "preprocessing"}):
+        raise Mistake(f"{beside} tells of something else than what {target} would hold: choose another name")
+    weights.save(state_dict, target)
     if record:
         weights.write_record(record, target)
-    elif weights.read_record(target):
-        raise Mistake(f"{beside} tells of other weights than those that {target} would hold: choose another name")
-    weights.save(state_dict, target)
 
 
 def _filled(network: BertsWinMAE, state_dict: Mapping[str, Tensor], source: str) -> BertsWinMAE:
@@ -112,7 +115,12 @@ def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> Ber
         raise Mistake(f"there is no config at {missing[0]}")
     if unknown := overrides.keys() - NETWORK_KNOBS:
         raise Mistake(f"there is no knob {min(unknown)} of the network: it has {', '.join(NETWORK_KNOBS)}")
-    knobs = ConfigParser.load_config_files(files)
+    try:
+        knobs = ConfigParser.load_config_files(files)
+    except KeyError as error:  # of an overlay that changes what is not there
+        raise Mistake(f"{files[-1]} changes a config that is not named ({error}): name train.yaml before it") from error
+    if missing := [name for name in ("encoder_depth", "encoder_num_heads") if name not in knobs]:
+        raise Mistake(f"{', '.join(files)} does not say {missing[0]} of the network: name train.yaml first")
     knobs |= {name: read(name, value, knobs.get(name)) for name, value in overrides.items()}
     settings = {name: knobs[name] for name in NETWORK_KNOBS if name in knobs}
     depth, num_heads = settings.pop("encoder_depth"), settings.pop("encoder_num_heads")

@@ -141,13 +141,17 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     Raises:
         Mistake: when there is no zip, or something else where the folder would be.
     """
-    version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
-    source = Path(archive or ROOT / "dist" / f"{NAME}_v{version}.zip")
+    source = Path(archive or ROOT / "dist" / f"{NAME}_v{_version_of(ROOT)}.zip")
     if not source.is_file():
         raise Mistake(f"there is no {source}: build it first, by python -m scripts.release build")
     folder = Path(output_dir).resolve() / NAME
     if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "configs/metadata.json").is_file()):
         raise Mistake(f"{folder} is not of an earlier release: choose another --output_dir")
+    for path in filter(Path.is_file, folder.rglob("*")):
+        if not _is_published(path.relative_to(folder)) and path.suffix != ".safetensors":
+            raise Mistake(
+                f"{folder} would be replaced, and holds {path.relative_to(folder)}: choose another --output_dir"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         root = _unpack(str(source), Path(place))
@@ -155,14 +159,19 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
             to_safetensors(str(weights), str(weights.with_suffix(".safetensors")))
         shutil.rmtree(folder, ignore_errors=True)
         root.replace(folder)
+    version = _version_of(folder)
     tags = ["monai", "medical", "self-supervised"]
-    header = {"license": ["apache-2.0", "cc-by-sa-4.0"], "library_name": "monai", "tags": tags}
+    header = {"license": ["apache-2.0", "cc-by-sa-3.0"], "library_name": "monai", "tags": tags}
     page = folder / "README.md"
     page.write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{page.read_text()}")
     upload = f"hf upload {repo} {folder} . --delete '*' --commit-message 'Version {version}'"
     print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {upload}")
     print(f"MONAI finds a version by its tag on the hub:\n  hf repos tag create {repo} {version}")
     return folder
+
+
+def _version_of(root: Path) -> str:
+    return json.loads((root / "configs/metadata.json").read_text())["version"]
 
 
 def _unpack(archive: str, place: Path) -> Path:
@@ -190,11 +199,7 @@ def _unpack(archive: str, place: Path) -> Path:
 def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str]:
     """Say why a file must not be published."""
     name = path.relative_to(root)
-    problems = []
-    patterns = [pattern for pattern in PUBLISHED if len(Path(pattern).parts) == len(name.parts)]
-    is_comparison = any(name.is_relative_to(folder) for folder in LEFT_OUT)
-    if name.name.startswith(".") or is_comparison or not any(name.match(pattern) for pattern in patterns):
-        problems.append(f"{name} is not of a kind that is published")
+    problems = [] if _is_published(name) else [f"{name} is not of a kind that is published"]
     if largest is not None and path.stat().st_size > largest:
         problems.append(f"{name} is larger than {largest // 2**20} MB: list it in large_files.yml")
     if path.suffix == ".pt":
@@ -206,6 +211,12 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
             problems.append(f"{name} does not hold flat weights, a tensor by each name")
     return problems
+
+
+def _is_published(name: Path) -> bool:
+    patterns = [pattern for pattern in PUBLISHED if len(Path(pattern).parts) == len(name.parts)]
+    is_comparison = any(name.is_relative_to(folder) for folder in LEFT_OUT)
+    return not name.name.startswith(".") and not is_comparison and any(map(name.match, patterns))
 
 
 def _git(*arguments: str) -> str:

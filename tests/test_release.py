@@ -271,7 +271,7 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip_and_weights_as_safete
     built = Path(shutil.copy(built, tmp_path))
     folder = release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))
     page = (folder / "README.md").read_text()
-    assert page.startswith("---\nlicense:\n- apache-2.0\n- cc-by-sa-4.0\nlibrary_name: monai\n")
+    assert page.startswith("---\nlicense:\n- apache-2.0\n- cc-by-sa-3.0\nlibrary_name: monai\n")
     with ZipFile(built) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert {f"bertswin_mae/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()} == {
@@ -283,6 +283,11 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip_and_weights_as_safete
     assert "hf upload owner/bertswin_mae" in printed
     assert f"hf repos tag create owner/bertswin_mae {version_of(ROOT)}\n" in printed
     release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))  # again
+    (folder / "runs" / "pretraining").mkdir(parents=True)  # somebody has used it
+    (trained := folder / "runs" / "pretraining" / "model.pt").touch()
+    with pytest.raises(ValueError, match=r"would be replaced, and holds runs/pretraining/model\.pt"):
+        release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))
+    assert trained.exists()
     with ZipFile(built, "a") as file:
         file.writestr("bertswin_mae/docs/scan.nii.gz", b"a patient")
     with pytest.raises(ValueError, match=r"scan\.nii\.gz is not of a kind"):

@@ -45,6 +45,8 @@ class Series:
 def is_dicom(path: Path) -> bool:
     """Tell DICOM files by their suffix, or, without one or with a number in its place, by what stands in them."""
     suffix = path.suffix.lower()
+    if path.name.startswith("."):  # what a Mac leaves beside each file on a disk of another kind
+        return False
     if suffix in SUFFIXES:
         return True
     if suffix and not suffix[1:].isdigit():
@@ -72,8 +74,8 @@ def find_series(files: Iterable[Path], remember: Remember | None = None) -> tupl
     groups: dict[str, list[tuple[Path, Header]]] = defaultdict(list)
     passed_over: Counter[str] = Counter()
     unreadable: list[Path] = []
-    for _, within in groupby(sorted(files, key=lambda path: (str(path.parent), str(path))), lambda path: path.parent):
-        beside = list(within)
+    for _, files_of in groupby(sorted(files, key=lambda path: (str(path.parent), str(path))), lambda path: path.parent):
+        beside = list(files_of)
         read = partial(_headers, beside)
         for path, header in zip(beside, remember(beside, read) if remember else read(), strict=True):
             if header is None:
@@ -82,10 +84,13 @@ def find_series(files: Iterable[Path], remember: Remember | None = None) -> tupl
                 passed_over[header] += 1
             else:
                 groups[header["uid"] or str(path.parent)].append((path, header))
+    within: dict[Path, list[str]] = defaultdict(list)
+    for uid, its in groups.items():
+        for folder in {path.parent for path, _ in its}:
+            within[folder].append(uid)
     for path in unreadable:  # a slice, it may be, of any series in its folder, none of which is whole without it
-        beside = [its for its in groups.values() if any(member.parent == path.parent for member, _ in its)]
-        for its in beside or [groups[str(path.parent)]]:
-            its.append((path, {}))
+        for uid in within[path.parent] or [str(path.parent)]:
+            groups[uid].append((path, {}))
     return [_series(uid, its) for uid, its in groups.items()], passed_over
 
 

@@ -57,6 +57,7 @@ class DrawSampler(DistributedSampler):
         mine = np.asarray(groups or [0] * num_cases)
         mine = mine[rank::num_replicas] if self.shard else mine
         self.pools = [np.flatnonzero(mine == group) for group in np.unique(mine)]  # to draw from in turn
+        self.orders: dict[int, tuple[int, np.ndarray]] = {}  # of each pool, the last pass and its order
         self.iterations = iterations or -(-num_cases // self.global_batch)
         self.skipped = 0
         self.set_epoch(1)  # Ignite counts from one
@@ -80,11 +81,16 @@ class DrawSampler(DistributedSampler):
         if self.shard:
             number = iteration * self.batch_size + place
         turn, place_in_turn = divmod(number, len(self.pools))
-        pool = self.pools[np.random.default_rng([self.seed, turn, 0, 2]).permutation(len(self.pools))[place_in_turn]]
-        pass_number, place_in_pass = divmod(turn, len(pool))
-        # Every pass over the cases is a shuffle of its own, so all are seen equally often.
-        order = np.random.default_rng([self.seed, pass_number, *self.shard]).permutation(pool)
-        return Draw(int(order[place_in_pass]), int(seed))
+        pool_number = np.random.default_rng([self.seed, turn, 0, 2]).permutation(len(self.pools))[place_in_turn]
+        pass_number, place_in_pass = divmod(turn, len(self.pools[pool_number]))
+        return Draw(int(self._order(pool_number, pass_number)[place_in_pass]), int(seed))
+
+    def _order(self, pool_number: int, pass_number: int) -> np.ndarray:
+        """Shuffle a pool: every pass over the cases is a shuffle of its own, so all are seen equally often."""
+        if self.orders.get(pool_number, (None,))[0] != pass_number:
+            generator = np.random.default_rng([self.seed, pass_number, *self.shard])
+            self.orders[pool_number] = pass_number, generator.permutation(self.pools[pool_number])
+        return self.orders[pool_number][1]
 
 
 class DrawnDataset(torch.utils.data.Dataset):

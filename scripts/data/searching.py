@@ -132,10 +132,11 @@ def series_cases(
         passed_over[f"of modality {series.modality}"] += len(series.files)
     found = [series for series in found if series.modality not in NO_SCANS]
     places = [_common_folder(series.files) for series in found]
+    counts = Counter(places)
     cases: list[Case] = []
     for series, place in zip(found, places, strict=True):
         name = _folder_name(place, root)
-        if places.count(place) > 1:
+        if counts[place] > 1:
             name = case_name(place / re.sub(r"[^\w.-]", "_", series.uid), root)
         about = {"patient": series.patient, "session": series.study, "modality": series.modality}
         known = {key: value for key, value in about.items() if value}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ..mistakes import Mistake
 from .describing import Case
 
-__all__ = ["case_seed", "group_cases", "patient_of", "split_cases", "warn_of_shared_patients"]
+__all__ = ["case_seed", "group_cases", "patient_of", "split_cases", "summed_up", "warn_of_shared_patients"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,13 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
         "training": [case for case in cases if patient_of(case) not in validation],
         "validation": [case for case in cases if patient_of(case) in validation],
     }
+
+
+def summed_up(folds: Mapping[str, Sequence[Case]]) -> str:
+    """Tell how many volumes each fold has, and a hash of their names: alike for the same split of the same volumes."""
+    counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in folds.items())
+    names = sorted((fold, case["case"]) for fold, cases in folds.items() for case in cases)
+    return f"{counts} (names {hashlib.sha256(repr(names).encode()).hexdigest()[:8]})"
 
 
 def group_cases(cases: Sequence[Case], group_by: str) -> list[Case]:

@@ -79,7 +79,7 @@ FEATURES = {
     "unrelated tokens: 0 is not at all",
     "turn_change": "the same, when the volume turns until its border moves by a quarter of a patch",
     "intensity_change": "the same, when its contrast grows by a tenth",
-    "mirror_change": "the same, when left and right are exchanged; of volumes that are symmetric themselves",
+    "mirror_change": "the same, when left and right are exchanged, where volumes are symmetric themselves",
     "patient_ratio": "distance between volumes over that between two crops of one: more is better",
     "probe_r2": "share of the variance of the label fractions that a linear map reads off frozen tokens",
     "probe_linear": "share of the cases classified rightly, or of the variance explained, from frozen embeddings",

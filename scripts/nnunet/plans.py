@@ -103,6 +103,8 @@ def write_plans(
         Mistake: for plans without a 3D configuration, a knob that there is not, or weights that do not fit.
     """
     source = Path(plans)
+    if name == source.stem:
+        raise Mistake(f"{source} would be replaced: choose another name than {name}")
     try:
         theirs = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -112,6 +114,8 @@ def write_plans(
     ours = made["configurations"][CONFIGURATION]
     network = build_network(len(ours["normalization_schemes"]), 2, **ours["architecture"]["arch_kwargs"])
     fill(network.encoder, pretrained)  # what does not fit is refused here
+    if "modality" not in knobs:
+        _check_modality(theirs["configurations"][CONFIGURATION]["normalization_schemes"], chosen["modality"])
     path = source.with_name(f"{name}.json")
     checkpoints.save_text(json.dumps(made, indent=1) + "\n", path)
     print(f"wrote {path}: windows of {ours['patch_size']} voxels of {ours['spacing']} mm")
@@ -132,7 +136,8 @@ def make_plans(
 
     Args:
         plans: nnU-Net's.
-        knobs: one of each name in ``KNOBS``; a ``spacing`` or ``batch_size`` of None leaves nnU-Net's.
+        knobs: one of each name in ``KNOBS``; a ``spacing`` or ``batch_size`` of None leaves nnU-Net's. And
+            ``intensity``, the transforms of the modality.
         name: of the new plans.
         pretrained: weights to start from.
     """
@@ -159,7 +164,7 @@ def make_plans(
     }
     made |= {"plans_name": name, "configurations": {CONFIGURATION: ours}}
     if knobs["modality"] == "ct":
-        _window_ct(made, ours)
+        _window_ct(made, ours, knobs["intensity"])
     return made
 
 
@@ -178,10 +183,21 @@ def _turn_axes(made: dict[str, Any], ours: dict[str, Any]) -> None:
     made |= {"transpose_forward": RAS, "transpose_backward": RAS}
 
 
-def _window_ct(made: dict[str, Any], ours: dict[str, Any]) -> None:
+def _check_modality(schemes: Sequence[str], modality: str) -> None:
+    """Refuse a modality that nobody has named for this dataset, and that nnU-Net does not take it for."""
+    other = "mr" if modality == "ct" else "ct"
+    if any((scheme == "CTNormalization") != (modality == "ct") for scheme in schemes):
+        raise Mistake(
+            f"nnU-Net scales these volumes by {', '.join(schemes)}, but weights and configs are for {modality}: give "
+            f"those for {other}, or name what the volumes are by --modality {modality} or --modality {other}"
+        )
+
+
+def _window_ct(made: dict[str, Any], ours: dict[str, Any], transforms: Sequence[Mapping[str, Any]]) -> None:
     """Clip and scale CT as pre-training does: with its window for percentiles, and its mean and deviation."""
-    config = ConfigParser.load_config_file(bundle_root() / "configs" / CONFIGS[0])
-    (window,) = config["intensities"]["ct"]["transforms"]
+    if [one.get("_target_") for one in transforms] != ["ScaleIntensityRanged"] or not transforms[0].get("clip"):
+        raise Mistake(f"nnU-Net can scale CT by one ScaleIntensityRanged that clips, not by {list(transforms)}")
+    (window,) = transforms
     unit = (window["a_max"] - window["a_min"]) / (window["b_max"] - window["b_min"])  # HU
     scale = {
         "mean": window["a_min"] - window["b_min"] * unit,
@@ -209,6 +225,8 @@ def _choose_knobs(pretrained: str | None, overlays: Sequence[str], given: Mappin
         knobs["strict_stem"] = stem_is_strict(read_weights(pretrained), pretrained, given.get("strict_stem"))
     elif knobs["strict_stem"] is None:
         knobs["strict_stem"] = False  # the default stem's stages are the better skips
+    block = recorded(recorded(read_record(pretrained), "preprocessing"), "intensity")
+    knobs["intensity"] = (block or defaults["intensities"][knobs["modality"]])["transforms"]
     return knobs
 
 

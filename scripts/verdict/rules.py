@@ -1,6 +1,6 @@
 """The verdict on a pre-training: a few rules, looked at in turn, each with a name, plain words and a knob to turn.
 
-``docs/verdict.md`` says why the thresholds are what they are.
+``docs/verdict.md`` says what they are for.
 """
 
 import math

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from ..data import Targets, labelled, patient_of, read_targets
+from ..data import Targets, labelled_folds, patient_of, read_targets
 from ..data.describing import Case
 from ..mistakes import reason
 
@@ -34,7 +34,13 @@ Cases = tuple[Tensor, Tensor]  # features (cases, â€¦, C) and targets (cases, â€
 Score = Callable[[Tensor, Tensor], float]  # of a prediction and its target, larger is better
 
 
-def probed_targets(folds: Mapping[str, Sequence[Case]], target: str, most: int | None = None, seed: int = 0) -> Targets:
+def probed_targets(
+    folds: Mapping[str, Sequence[Case]],
+    target: str,
+    most: int | None = None,
+    seed: int = 0,
+    num_labels: int | None = None,
+) -> Targets:
     """Tell what is read off the features, and of which cases.
 
     Args:
@@ -42,13 +48,14 @@ def probed_targets(folds: Mapping[str, Sequence[Case]], target: str, most: int |
         target: ``label``, the label maps, or a field of the datalist: see :func:`~bertswin_mae.data.read_targets`.
         most: training cases to keep, if given, chosen by a hash of their names.
         seed: another one keeps others.
+        num_labels: that label maps hold besides background, and no others.
 
     Raises:
-        Mistake: when no case has it, or too few.
+        Mistake: when no case has it, or too few; for label maps that do not fit.
     """
     if target != "label":
         return read_targets(folds, target, most=most, seed=seed)
-    return Targets(target, [], labelled(folds["training"], most, seed), labelled(folds["validation"]), values={})
+    return Targets(target, [], *labelled_folds(folds, num_labels, most, seed).values(), values={})
 
 
 @dataclass(eq=False)

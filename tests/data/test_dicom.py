@@ -89,7 +89,7 @@ def test_files_are_told_by_suffix_or_by_what_stands_in_them(voxels, tmp_path):
     numbered = write(tmp_path / "b", slices_of(voxels)[:1], name="1.2.840.{}")
     (tmp_path / "README").write_text("no image")
     assert all(map(is_dicom, [*named.iterdir(), *numbered.iterdir(), Path("x.IMA"), Path("x.DCM")]))
-    assert not any(map(is_dicom, [tmp_path / "README", Path("scan.nii.gz"), tmp_path]))
+    assert not any(map(is_dicom, [tmp_path / "README", Path("scan.nii.gz"), tmp_path, Path("._IM0001.dcm")]))
 
 
 def test_series_are_told_apart_and_what_is_no_scan_is_counted(voxels, tmp_path):

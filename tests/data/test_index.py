@@ -239,6 +239,21 @@ def test_prepared_volumes_are_kept_where_they_fit_and_refused_where_they_explode
     assert choose_cache("auto", few, *arguments, masks=1) == "disk"  # label maps take memory too
 
 
+def test_a_disk_is_looked_at_where_the_cache_lies_and_what_a_run_has_kept_there_counts_as_free(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").mkdir()
+    cache = tmp_path / "run" / "cache"
+    cache.symlink_to(tmp_path / "scratch")
+    free = {tmp_path / "scratch": 1e6}
+    monkeypatch.setattr("scripts.machine.free_memory", lambda: 0.0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free.get(path, 0.0)}))
+    facts = [facts_of(60)] * 2  # 1.9 MB together
+    with pytest.raises(Mistake, match="of disk are free"):
+        choose_cache("auto", facts, None, (8, 8, 8), cache)
+    (cache / "kept.pt").write_bytes(bytes(2_000_000))
+    assert choose_cache("auto", facts, None, (8, 8, 8), cache) == "disk"
+
+
 @pytest.mark.parametrize("side", [20, 40, 75])
 def test_what_a_prepared_volume_takes_is_known_before_it_is_prepared(side, tmp_path):
     for seed in range(2):

@@ -289,6 +289,14 @@ def test_a_gain_beyond_all_that_was_tried_is_worth_more_labels_than_were_tried(t
     )
 
 
+def test_the_interval_of_a_single_patient_is_drawn_though_its_ends_differ_in_the_last_digit(tmp_path):
+    scores = {(name, 4, 0): {"val_dice": 0.5, "val_hausdorff": 1.0} for name in ("pretrained", "random")}
+    two = comparison(tmp_path, names=["pretrained", "random"], num_labelled=[4], seeds=[0])
+    above = float(np.nextafter(0.1, 1))
+    report_comparison(two, scores, {("pretrained", "random", 4): Gain(0.1, above, above, 1)}, {("random", 0.01): 0.5})
+    assert (tmp_path / "segmentation.png").stat().st_size > 5000
+
+
 def test_no_sentence_takes_a_gain_over_another_network_for_that_of_pre_training(tmp_path):
     scores = {(name, 4, 0): {"val_dice": 0.5, "val_hausdorff": 1.0} for name in ("pretrained", "unet")}
     two = comparison(tmp_path, names=["pretrained", "unet"], num_labelled=[4], seeds=[0])

@@ -79,12 +79,41 @@ def test_ct_is_clipped_and_scaled_as_in_pre_training(plans):
     assert normalised.tolist() == pytest.approx([-1.7125, (40 + 21.14) / 578.02, 3.4828], abs=1e-3)
 
 
+def test_the_window_of_ct_is_that_of_the_weights_else_that_of_overlays(plans, tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "model.pt")
+    window = {"_target_": "ScaleIntensityRanged", "keys": "image", "a_min": -200, "a_max": 300, "b_min": -1, "b_max": 1}
+    intensity = {"transforms": [window | {"clip": True}]}
+    preprocessing = {"modality": "ct", "spacing": None, "intensity": intensity}
+    (tmp_path / "model.json").write_text(json.dumps({"preprocessing": preprocessing}))
+    (tmp_path / "window.yaml").write_text("intensities::ct::transforms::0::a_min: -200\n")
+    for given, low, high in (
+        ({"pretrained": str(tmp_path / "model.pt")}, -200, 300),
+        ({"config_file": str(tmp_path / "window.yaml")}, -200, 1992),
+    ):
+        write_plans(str(plans), modality="ct", **given, **NETWORK)
+        scale = written(plans)[0]["foreground_intensity_properties_per_channel"]["0"]
+        assert (scale["percentile_00_5"], scale["percentile_99_5"]) == (low, high)
+    preprocessing["intensity"] = {"transforms": [window]}
+    (tmp_path / "model.json").write_text(json.dumps({"preprocessing": preprocessing}))
+    with pytest.raises(Mistake, match="by one ScaleIntensityRanged that clips"):
+        write_plans(str(plans), pretrained=str(tmp_path / "model.pt"), modality="ct", **NETWORK)
+
+
+def test_nnunets_own_plans_are_not_replaced(plans):
+    before = plans.read_text()
+    with pytest.raises(Mistake, match="would be replaced: choose another name than nnUNetPlans"):
+        write_plans(str(plans), modality="mr", name="nnUNetPlans", **NETWORK)
+    assert plans.read_text() == before
+
+
 def test_settings_of_the_network_are_read_beside_its_weights(plans, tmp_path):
     network = tiny(strict_stem=True)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     record = {"network": NETWORK | {"decoder_embed_dim": 32}, "preprocessing": {"modality": "ct", "spacing": [1, 2, 3]}}
     (tmp_path / "model.json").write_text(json.dumps(record))
-    write_plans(str(plans), pretrained=str(tmp_path / "model.pt"))
+    with pytest.raises(Mistake, match="by ZScoreNormalization, but weights and configs are for ct: give those for mr"):
+        write_plans(str(plans), pretrained=str(tmp_path / "model.pt"))
+    write_plans(str(plans), pretrained=str(tmp_path / "model.pt"), modality="ct")
     _, ours = written(plans)
     arguments = ours["architecture"]["arch_kwargs"]
     assert arguments["strict_stem"] is True

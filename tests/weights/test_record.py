@@ -302,9 +302,34 @@ def test_weights_without_a_record_do_not_take_over_that_of_others(tmp_path):
     convert.widen(str(source), str(tmp_path / "wide.pt"), 3, "mean")
     before = (tmp_path / "wide.pt").read_bytes()
     source.with_suffix(".json").unlink()
-    with pytest.raises(Mistake, match=r"wide.json tells of other weights than those that .*wide.pt would hold"):
+    with pytest.raises(Mistake, match=r"wide.json tells of something else than what .*wide.pt would hold"):
         convert.widen(str(source), str(tmp_path / "wide.pt"), 2, "mean")
     assert (tmp_path / "wide.pt").read_bytes() == before
+
+
+def test_the_json_of_another_tool_is_not_taken_for_a_record_and_replaced(tmp_path):
+    source, other = carrying(tmp_path), tmp_path / "dataset.json"
+    other.write_text('{"training": []}')
+    with pytest.raises(Mistake, match=r"dataset.json tells of something else than what .*dataset.pt would hold"):
+        convert.widen(str(source), str(tmp_path / "dataset.pt"), 2, "mean")
+    assert other.read_text() == '{"training": []}'
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["configs/train_conductor.yaml"], "name train.yaml before it"),
+        (["configs/multi_gpu.yaml"], "name train.yaml"),
+        (["configs/cached.yaml"], "does not say encoder_depth of the network: name train.yaml first"),
+    ],
+)
+def test_an_overlay_alone_is_no_network(tmp_path, files, message):
+    (tmp_path / "cached.yaml").write_text("cache: none\n")
+    paths = [str(tmp_path / "cached.yaml" if "cached" in file else ROOT / file) for file in files]
+    with pytest.raises(Mistake, match=message):
+        convert.to_authors(str(carrying(tmp_path)), str(tmp_path / "authors.pt"), paths)
+    with pytest.raises(Mistake, match=r"let it end in .pt"):
+        convert.to_authors(str(carrying(tmp_path)), str(tmp_path / "authors.safetensors"), paths)
 
 
 def test_a_folder_carries_nothing():

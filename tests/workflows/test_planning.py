@@ -42,22 +42,27 @@ def test_many_volumes_are_drawn_250_times_each_and_few_for_as_long_as_the_quick_
     def drawn(count):
         cohort = Cohort([], [], "mr", 1, [], [], {"training": [{}] * count, "validation": [{}]}, True)
         schedule = {name: value for name, (value, _) in about_schedule(cohort, 4).items()}
-        return schedule["max_epochs"] * schedule["iterations_per_epoch"] * 4
+        parser = ConfigParser(schedule | {"recipe": "pretraining"})
+        return parser.get_parsed_content("max_epochs") * schedule["iterations_per_epoch"] * 4
 
     assert [drawn(count) for count in (8, 122, 1000)] == [9600, 191 * 160, 250_000]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "loss", "rate"),
-    [("pretraining", "structural", 0.0015), ("conductor", "structural", 0.00003), ("stem_tuning", "l2", 0.001),
-     ("segmentation", "l2", 0.006), ("classification", "l2", 0.001)],
+    ("recipe", "loss", "rate", "epochs", "warmup"),
+    [("pretraining", "structural", 0.0015, 60, 3), ("conductor", "structural", 0.00003, 60, 0),
+     ("stem_tuning", "l2", 0.001, 15, 1), ("segmentation", "l2", 0.006, 20, 1),
+     ("classification", "l2", 0.001, 20, 1)],
 )  # fmt: skip
-def test_a_plan_that_lies_over_another_recipe_leaves_it_its_loss_and_rate(recipe, loss, rate, tmp_path):
+def test_a_plan_that_lies_over_another_recipe_leaves_it_its_loss_rate_and_schedule(
+    recipe, loss, rate, epochs, warmup, tmp_path
+):
     facts = [facts_of((50, 60, 70), (2.0, 2.0, 2.0))] * 5
     cohort = Cohort([], [], "mr", 1, [], facts, {"training": [{}] * 4, "validation": [{}]}, True)
-    settings = {name: value for name, (value, _) in about_network(cohort, "cpu", tmp_path).items()}
-    parser = ConfigParser(settings | {"recipe": recipe})
-    assert (parser.get_parsed_content("loss"), parser.get_parsed_content("learning_rate")) == (loss, rate)
+    choices = about_network(cohort, "cpu", tmp_path) | about_schedule(cohort, 4)
+    parser = ConfigParser({name: value for name, (value, _) in choices.items()} | {"recipe": recipe})
+    names = ("loss", "learning_rate", "max_epochs", "warmup_epochs")
+    assert tuple(map(parser.get_parsed_content, names)) == (loss, rate, epochs, warmup)
 
 
 def test_of_thick_slices_the_finer_volumes_count():

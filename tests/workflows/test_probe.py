@@ -66,6 +66,19 @@ def test_cases_without_labels_are_refused():
         probed_targets({"training": [{"case": "a"}], "validation": [{"case": "b"}]}, "age")
 
 
+def test_label_maps_with_more_labels_than_are_read_are_refused(tmp_path):
+    for name, value in (("a", 2), ("b", 5)):
+        image = write_volume(tmp_path / f"{name}.nii.gz", shape=(8, 8, 8))
+        voxels = np.zeros((8, 8, 8), np.uint8)
+        voxels[4] = value
+        nib.save(nib.Nifti1Image(voxels, nib.load(image).affine), tmp_path / f"{name}_label.nii.gz")
+    folds = {fold: [{"case": name, "image": str(tmp_path / f"{name}.nii.gz"),
+                     "label": str(tmp_path / f"{name}_label.nii.gz")}]
+             for fold, name in (("training", "a"), ("validation", "b"))}  # fmt: skip
+    with pytest.raises(ValueError, match=r"b_label.nii.gz: holds the values 0, 5 where 0 to 2 are expected"):
+        probed_targets(folds, "label", num_labels=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "overlays", "network"),

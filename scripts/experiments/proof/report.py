@@ -92,7 +92,7 @@ def report_comparison(
     lines = [
         *(f"{sentence}\n" for sentence in filter(None, sentences)),
         *markdown_table(" | ".join([measure.title, *labels]), _score_rows(rows, measure, titles, guess)),
-        "\nGains, and their 95 % intervals over the validation cases:\n" if gains else "",
+        "\nGains, and their 95 % intervals over the validation patients:\n" if gains else "",
         *(markdown_table(" | ".join(["", *labels]), _gain_rows(gains, measure, titles)) if gains else ()),
         f"\n{measure.title.partition(' (')[0]} on held-out training cases, by learning rate:\n",
         *_by_rate(by_rate, measure.digits + 1),
@@ -267,7 +267,7 @@ def _plot_comparison(path: Path, comparison: Comparison, rows: Sequence[Record],
         _plot_scores(left, comparison, rows)
         _plot_gains(right, comparison, gains)
         left.set(ylabel=measure.title.partition(" (")[0])
-        right.set(ylabel="gain, 95 % interval over cases")
+        right.set(ylabel="gain, 95 % interval over patients")
         for axis in (left, right):
             axis.set_xticks(range(len(labels)), labels)
             axis.set_xlim(-0.5, len(labels) - 0.5)
@@ -298,7 +298,8 @@ def _plot_gains(axis: Axes, comparison: Comparison, gains: Gains) -> None:
         across = np.arange(len(value)) + _aside(number, len(pairs))
         title = f"{about[first].title},\nover {about[second].title}"
         style = {"fmt": "o", "capsize": 3, "color": about[second].colour, "label": title}
-        axis.errorbar(across, value, [value - low, high - value], **style)
+        # Of a single patient all draws of the bootstrap are the same, but for their last digit.
+        axis.errorbar(across, value, np.maximum([value - low, high - value], 0), **style)
     axis.axhline(0, color="black", linewidth=0.6, linestyle=":")
 
 

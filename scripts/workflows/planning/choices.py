@@ -150,11 +150,15 @@ def about_schedule(cohort: Cohort, batch: int) -> Settings:
     passes = iterations * batch / num_training
     return {
         "iterations_per_epoch": (iterations, f"{iterations * batch} draws, {passes:.2g} of each training volume"),
+        # Here, too, what comes behind the pre-training has its own.
         "max_epochs": (
-            epochs,
+            f"$dict(stem_tuning=15, segmentation=20, classification=20).get(@recipe, {epochs})",
             f"{epochs * iterations * batch} draws; a few volumes need {DRAWS}, many {DRAWS_OF_EACH} of each",
         ),
-        "warmup_epochs": (max(1, epochs // 20), "a twentieth"),
+        "warmup_epochs": (
+            f"$dict(pretraining={max(1, epochs // 20)}, conductor=0).get(@recipe, 1)",
+            "a twentieth, and of fewer epochs the first",
+        ),
         "early_stop_patience": (max(5, epochs // 4), "epochs without a better validation"),
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 
 from ...data import geometry_in_ras, prepared_bytes
 from ...networks import BertsWinMAE
@@ -58,7 +59,8 @@ def costs(settings: Settings, trial: Trial, cohort: Cohort) -> list[str]:
     rest = sum(sizes) - sum(sizes[place] for place in places(len(sizes)))
     iterations, validated = value["iterations_per_epoch"], len(cohort.folds["validation"])
     epoch = iterations * trial.seconds_per_iteration + validated * trial.seconds_per_validation
-    hours = epoch * value["max_epochs"] / 3600
+    epochs = ConfigParser(value | {"recipe": "pretraining"}).get_parsed_content("max_epochs")
+    hours = epoch * epochs / 3600
     memory = trial.memory + (rest if value["cache"] == "memory" else 0)
     weights = 4 * 3 * sum(parameter.numel() for parameter in _network(value).parameters())
     disk = 2 * weights + (sum(sizes) if value["cache"] == "disk" else 0)
@@ -70,7 +72,7 @@ def costs(settings: Settings, trial: Trial, cohort: Cohort) -> list[str]:
         "",
         f"an epoch: {epoch:.3g} s ({iterations} iterations of {trial.seconds_per_iteration:.3g} s and {validated} "
         f"validation volumes of {trial.seconds_per_validation:.2g} s, measured by a short training)",
-        f"the training: {hours:.2g} hours for {value['max_epochs']} epochs, unless it stops early",
+        f"the training: {hours:.2g} hours for {epochs} epochs, unless it stops early",
         f"memory: {memory / 1e9:.3g} GB (measured{unseen}){gpu}",
         f"disk: {disk / 1e9:.2g} GB (two training states{', and the cache' if value['cache'] == 'disk' else ''})",
     ]
