@@ -47,7 +47,7 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
 def summed_up(folds: Mapping[str, Sequence[Case]]) -> str:
     """Tell how many volumes each fold has, and a hash of their names: alike for the same split of the same volumes."""
     counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in folds.items())
-    names = sorted((fold, case["case"]) for fold, cases in folds.items() for case in cases)
+    names = sorted((fold, str(case.get("case", case.get("image")))) for fold, cases in folds.items() for case in cases)
     return f"{counts} (names {hashlib.sha256(repr(names).encode()).hexdigest()[:8]})"
 
 
