@@ -118,7 +118,7 @@ def _network(config_file: str | Sequence[str], overrides: dict[str, Any]) -> Ber
     try:
         knobs = ConfigParser.load_config_files(files)
     except KeyError as error:  # of an overlay that changes what is not there
-        raise Mistake(f"{files[-1]} changes a config that is not named ({error}): name train.yaml before it") from error
+        raise Mistake(f"{', '.join(files)} change what none of them holds ({error}): name train.yaml first") from error
     if missing := [name for name in ("encoder_depth", "encoder_num_heads") if name not in knobs]:
         raise Mistake(f"{', '.join(files)} does not say {missing[0]} of the network: name train.yaml first")
     knobs |= {name: read(name, value, knobs.get(name)) for name, value in overrides.items()}

@@ -136,28 +136,24 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     Args:
         repo: ``owner/name``.
         archive: the zip; default: that of this version in ``dist``.
-        output_dir: for the folder; that of an earlier release is replaced.
+        output_dir: for the folder.
 
     Raises:
-        Mistake: when there is no zip, or something else where the folder would be.
+        Mistake: when there is no zip, or something where the folder would be.
     """
     source = Path(archive or ROOT / "dist" / f"{NAME}_v{_version_of(ROOT)}.zip")
     if not source.is_file():
         raise Mistake(f"there is no {source}: build it first, by python -m scripts.release build")
     folder = Path(output_dir).resolve() / NAME
-    if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "configs/metadata.json").is_file()):
-        raise Mistake(f"{folder} is not of an earlier release: choose another --output_dir")
-    for path in filter(Path.is_file, folder.rglob("*")):
-        if not _is_published(path.relative_to(folder)) and path.suffix != ".safetensors":
-            raise Mistake(
-                f"{folder} would be replaced, and holds {path.relative_to(folder)}: choose another --output_dir"
-            )
+    if folder.exists():  # it may be a bundle that somebody has trained in
+        raise Mistake(
+            f"{folder} is there already: remove it, if it is of an earlier release, or choose another --output_dir"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         root = _unpack(str(source), Path(place))
         for weights in root.glob("models/*.pt"):
             to_safetensors(str(weights), str(weights.with_suffix(".safetensors")))
-        shutil.rmtree(folder, ignore_errors=True)
         root.replace(folder)
     version = _version_of(folder)
     tags = ["monai", "medical", "self-supervised"]
@@ -199,7 +195,11 @@ def _unpack(archive: str, place: Path) -> Path:
 def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str]:
     """Say why a file must not be published."""
     name = path.relative_to(root)
-    problems = [] if _is_published(name) else [f"{name} is not of a kind that is published"]
+    problems = []
+    patterns = [pattern for pattern in PUBLISHED if len(Path(pattern).parts) == len(name.parts)]
+    is_comparison = any(name.is_relative_to(folder) for folder in LEFT_OUT)
+    if name.name.startswith(".") or is_comparison or not any(name.match(pattern) for pattern in patterns):
+        problems.append(f"{name} is not of a kind that is published")
     if largest is not None and path.stat().st_size > largest:
         problems.append(f"{name} is larger than {largest // 2**20} MB: list it in large_files.yml")
     if path.suffix == ".pt":
@@ -211,12 +211,6 @@ def _problems(path: Path, root: Path, largest: int | None = LARGEST) -> list[str
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
             problems.append(f"{name} does not hold flat weights, a tensor by each name")
     return problems
-
-
-def _is_published(name: Path) -> bool:
-    patterns = [pattern for pattern in PUBLISHED if len(Path(pattern).parts) == len(name.parts)]
-    is_comparison = any(name.is_relative_to(folder) for folder in LEFT_OUT)
-    return not name.name.startswith(".") and not is_comparison and any(map(name.match, patterns))
 
 
 def _git(*arguments: str) -> str:

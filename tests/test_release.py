@@ -282,12 +282,6 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip_and_weights_as_safete
     printed = capsys.readouterr().out
     assert "hf upload owner/bertswin_mae" in printed
     assert f"hf repos tag create owner/bertswin_mae {version_of(ROOT)}\n" in printed
-    release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))  # again
-    (folder / "runs" / "pretraining").mkdir(parents=True)  # somebody has used it
-    (trained := folder / "runs" / "pretraining" / "model.pt").touch()
-    with pytest.raises(ValueError, match=r"would be replaced, and holds runs/pretraining/model\.pt"):
-        release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path / "hub"))
-    assert trained.exists()
     with ZipFile(built, "a") as file:
         file.writestr("bertswin_mae/docs/scan.nii.gz", b"a patient")
     with pytest.raises(ValueError, match=r"scan\.nii\.gz is not of a kind"):
@@ -295,14 +289,10 @@ def test_the_folder_for_hugging_face_is_what_is_in_the_zip_and_weights_as_safete
     assert not list((tmp_path / "other").iterdir())
 
 
-def test_what_is_no_earlier_release_is_not_replaced(built, repository, tmp_path, monkeypatch):
-    mine = tmp_path / "mine" / "bertswin_mae"
-    mine.mkdir(parents=True)
-    (mine / "thesis.txt").write_text("all of it")
-    own = repository.rename(tmp_path / "bertswin_mae")
-    monkeypatch.setattr(release, "ROOT", own)
-    for place in (mine.parent, own.parent):
-        with pytest.raises(ValueError, match="not of an earlier release"):
-            release.hugging_face("owner/bertswin_mae", str(built), str(place))
-    assert (mine / "thesis.txt").exists()
-    assert (own / "README.md").exists()
+def test_a_folder_that_is_there_is_not_replaced(built, tmp_path):
+    trained = tmp_path / "bertswin_mae" / "runs" / "pretraining" / "model.pt"
+    trained.parent.mkdir(parents=True)
+    trained.touch()
+    with pytest.raises(ValueError, match="is there already: remove it"):
+        release.hugging_face("owner/bertswin_mae", str(built), str(tmp_path))
+    assert trained.exists()

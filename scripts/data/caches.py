@@ -87,7 +87,8 @@ def choose_cache(
     stored = sum(prepared_bytes(facts, None, (1, 1, 1), masks))
     folder = Path(cache_dir).resolve()  # which may be, or lie behind a link to, another disk
     disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    disk += sum(file.stat().st_size for file in folder.glob("*.pt"))  # a run that goes on finds its own there
+    # A run that goes on finds its own there. Of other runs' volumes no more is counted than this one needs.
+    disk += min(prepared, sum(file.stat().st_size for file in folder.glob("*.pt")))
     # The ranks must agree, whatever each of them finds.
     memory, disk = (idist.all_reduce(float(free), op="MIN") for free in (machine.free_memory(), disk))
     needed = f"the {len(facts)} prepared volumes take {prepared / 1e9:.3g} GB"

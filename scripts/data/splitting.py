@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ..mistakes import Mistake
 from .describing import Case
 
-__all__ = ["case_seed", "group_cases", "patient_of", "split_cases", "summed_up", "warn_of_shared_patients"]
+__all__ = ["case_seed", "group_cases", "patient_of", "split_cases", "split_summary", "warn_of_shared_patients"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def split_cases(cases: Sequence[Case], val_fraction: float) -> dict[str, list[Ca
     }
 
 
-def summed_up(folds: Mapping[str, Sequence[Case]]) -> str:
+def split_summary(folds: Mapping[str, Sequence[Case]]) -> str:
     """Tell how many volumes each fold has, and a hash of their names: alike for the same split of the same volumes."""
     counts = ", ".join(f"{len(cases)} for {fold}" for fold, cases in folds.items())
     names = sorted((fold, str(case.get("case", case.get("image")))) for fold, cases in folds.items() for case in cases)

@@ -253,8 +253,7 @@ def _over_ranks(losses: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def _restore_place(engine: Engine, saved: dict[str, Any]) -> int:
     """Go on at the iteration that was saved, with its rate; return how many of its epoch are done."""
     state, length, steps = engine.state, engine.state.epoch_length, engine.accumulation_steps
-    # Counted in epochs, as their length may have changed with the data or the batch size; one that was interrupted then
-    # starts anew.
+    # Counted in epochs, as their length may have changed with the batch size: an interrupted one starts anew then.
     done = saved["iteration"] - saved["epoch"] * saved["epoch_length"] if saved["epoch_length"] == length else 0
     state.epoch, state.iteration = saved["epoch"], saved["epoch"] * length + done
     if done:

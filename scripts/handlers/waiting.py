@@ -20,6 +20,8 @@ class WaitingClock:
     iterated: float = field(default=0.0, init=False)  # seconds, waiting included
     waited: float = field(default=0.0, init=False)  # seconds, without the events that were not read yet
     events: list[torch.cuda.Event] = field(default_factory=list, init=False)
+    on_gpu: bool = field(default=False, init=False)
+    asked: float = field(default=0.0, init=False)  # when a batch was, the last time
 
     def attach(self, engine: Engine) -> None:
         """Follow a trainer, from its start."""
@@ -56,7 +58,7 @@ class WaitingClock:
             torch.cuda.synchronize()
             pairs = zip(self.events[::2], self.events[1::2], strict=False)  # the last one may wait yet
             self.waited += sum(idle.elapsed_time(busy) for idle, busy in pairs) / 1000
-            self.events.clear()
+            del self.events[: len(self.events) // 2 * 2]
         return self.waited / self.iterated if self.iterated else None
 
 

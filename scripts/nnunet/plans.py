@@ -103,8 +103,6 @@ def write_plans(
         Mistake: for plans without a 3D configuration, a knob that there is not, or weights that do not fit.
     """
     source = Path(plans)
-    if name == source.stem:
-        raise Mistake(f"{source} would be replaced: choose another name than {name}")
     try:
         theirs = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,6 +115,8 @@ def write_plans(
     if "modality" not in knobs:
         _check_modality(theirs["configurations"][CONFIGURATION]["normalization_schemes"], chosen["modality"])
     path = source.with_name(f"{name}.json")
+    if path.exists() and '"bertswin"' not in path.read_text(encoding="utf-8"):
+        raise Mistake(f"{path} holds plans that are not ours, and would be replaced: choose another --name")
     checkpoints.save_text(json.dumps(made, indent=1) + "\n", path)
     print(f"wrote {path}: windows of {ours['patch_size']} voxels of {ours['spacing']} mm")
     if theirs["image_reader_writer"] != READER:
@@ -225,8 +225,9 @@ def _choose_knobs(pretrained: str | None, overlays: Sequence[str], given: Mappin
         knobs["strict_stem"] = stem_is_strict(read_weights(pretrained), pretrained, given.get("strict_stem"))
     elif knobs["strict_stem"] is None:
         knobs["strict_stem"] = False  # the default stem's stages are the better skips
-    block = recorded(recorded(read_record(pretrained), "preprocessing"), "intensity")
-    knobs["intensity"] = (block or defaults["intensities"][knobs["modality"]])["transforms"]
+    theirs = recorded(read_record(pretrained), "preprocessing")
+    carried = recorded(theirs, "intensity") if theirs.get("modality") == knobs["modality"] else {}
+    knobs["intensity"] = (defaults["intensities"][knobs["modality"]] | carried)["transforms"]
     return knobs
 
 

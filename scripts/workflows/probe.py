@@ -39,7 +39,7 @@ def probed_targets(
     target: str,
     most: int | None = None,
     seed: int = 0,
-    num_labels: int | None = None,
+    num_labels: int = 2,
 ) -> Targets:
     """Tell what is read off the features, and of which cases.
 

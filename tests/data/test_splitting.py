@@ -6,20 +6,20 @@ import json
 import pytest
 from conftest import write_volume
 
-from scripts.data import find_cases, group_cases, prepare_cases, split_cases, summed_up, warn_of_shared_patients
+from scripts.data import find_cases, group_cases, prepare_cases, split_cases, split_summary, warn_of_shared_patients
 
 
 def names(cases):
     return [case["case"] for case in cases]
 
 
-def test_a_split_is_summed_up_alike_in_any_order_and_otherwise_with_a_case_more_or_elsewhere():
+def test_a_split_is_split_summary_alike_in_any_order_and_otherwise_with_a_case_more_or_elsewhere():
     cases = [{"case": name} for name in "abcd"]
-    once = summed_up({"training": cases[:3], "validation": cases[3:]})
+    once = split_summary({"training": cases[:3], "validation": cases[3:]})
     assert once.startswith("3 for training, 1 for validation (names ")
-    assert once == summed_up({"training": cases[2::-1], "validation": cases[3:]})
+    assert once == split_summary({"training": cases[2::-1], "validation": cases[3:]})
     others = ((cases[:2], cases[3:]), (cases[1:], cases[:1]))
-    assert once not in {summed_up({"training": training, "validation": held}) for training, held in others}
+    assert once not in {split_summary({"training": training, "validation": held}) for training, held in others}
 
 
 def of_patients(number, scans):

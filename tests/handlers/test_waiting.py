@@ -21,6 +21,7 @@ def test_waiting_for_batches_is_told_as_a_share_of_the_iterations(monkeypatch):
             pass_by(1.0)
             yield 0
 
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now))
     clock, trainer = WaitingClock(), Engine(lambda *_: pass_by(3.0))
     clock.attach(trainer)
@@ -48,6 +49,7 @@ def test_a_gpu_waits_for_data_while_it_has_nothing_to_do(monkeypatch):
     for _ in range(3):
         clock.begin_iteration()
         clock.end_waiting()
+    clock.begin_iteration()  # and waits yet
     clock.iterated = 0.9
     for _ in range(2):  # what was read is not read again
         assert clock.share() == pytest.approx(0.1)

@@ -93,6 +93,10 @@ def test_the_window_of_ct_is_that_of_the_weights_else_that_of_overlays(plans, tm
         write_plans(str(plans), modality="ct", **given, **NETWORK)
         scale = written(plans)[0]["foreground_intensity_properties_per_channel"]["0"]
         assert (scale["percentile_00_5"], scale["percentile_99_5"]) == (low, high)
+    mr = {"modality": "mr", "intensity": {"transforms": [{"_target_": "NormalizeIntensityd", "keys": "image"}]}}
+    (tmp_path / "model.json").write_text(json.dumps({"preprocessing": mr}))
+    write_plans(str(plans), pretrained=str(tmp_path / "model.pt"), modality="ct", **NETWORK)
+    assert written(plans)[0]["foreground_intensity_properties_per_channel"]["0"]["percentile_00_5"] == -1011
     preprocessing["intensity"] = {"transforms": [window]}
     (tmp_path / "model.json").write_text(json.dumps({"preprocessing": preprocessing}))
     with pytest.raises(Mistake, match="by one ScaleIntensityRanged that clips"):
@@ -101,7 +105,7 @@ def test_the_window_of_ct_is_that_of_the_weights_else_that_of_overlays(plans, tm
 
 def test_nnunets_own_plans_are_not_replaced(plans):
     before = plans.read_text()
-    with pytest.raises(Mistake, match="would be replaced: choose another name than nnUNetPlans"):
+    with pytest.raises(Mistake, match=r"nnUNetPlans.json holds plans that are not ours, and would be replaced"):
         write_plans(str(plans), modality="mr", name="nnUNetPlans", **NETWORK)
     assert plans.read_text() == before
 

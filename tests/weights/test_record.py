@@ -318,18 +318,18 @@ def test_the_json_of_another_tool_is_not_taken_for_a_record_and_replaced(tmp_pat
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["configs/train_conductor.yaml"], "name train.yaml before it"),
-        (["configs/multi_gpu.yaml"], "name train.yaml"),
-        (["configs/cached.yaml"], "does not say encoder_depth of the network: name train.yaml first"),
+        (["train_conductor.yaml", "small.yaml"], "change what none of them holds .*: name train.yaml first"),
+        (["multi_gpu.yaml"], "does not say encoder_depth of the network: name train.yaml first"),
     ],
 )
-def test_an_overlay_alone_is_no_network(tmp_path, files, message):
-    (tmp_path / "cached.yaml").write_text("cache: none\n")
-    paths = [str(tmp_path / "cached.yaml" if "cached" in file else ROOT / file) for file in files]
+def test_overlays_alone_are_no_network(tmp_path, files, message):
     with pytest.raises(Mistake, match=message):
-        convert.to_authors(str(carrying(tmp_path)), str(tmp_path / "authors.pt"), paths)
+        convert.to_authors(str(carrying(tmp_path)), str(tmp_path / "a.pt"), [str(ROOT / "configs" / f) for f in files])
+
+
+def test_the_authors_checkpoint_is_no_flat_weights(tmp_path):
     with pytest.raises(Mistake, match=r"let it end in .pt"):
-        convert.to_authors(str(carrying(tmp_path)), str(tmp_path / "authors.safetensors"), paths)
+        convert.to_authors(str(carrying(tmp_path)), str(tmp_path / "authors.safetensors"))
 
 
 def test_a_folder_carries_nothing():

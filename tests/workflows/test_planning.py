@@ -49,20 +49,20 @@ def test_many_volumes_are_drawn_250_times_each_and_few_for_as_long_as_the_quick_
 
 
 @pytest.mark.parametrize(
-    ("recipe", "loss", "rate", "epochs", "warmup"),
-    [("pretraining", "structural", 0.0015, 60, 3), ("conductor", "structural", 0.00003, 60, 0),
-     ("stem_tuning", "l2", 0.001, 15, 1), ("segmentation", "l2", 0.006, 20, 1),
-     ("classification", "l2", 0.001, 20, 1)],
+    ("recipe", "loss", "rate", "epochs", "warmup", "patience"),
+    [("pretraining", "structural", 0.0015, 60, 3, 15), ("conductor", "structural", 0.00003, 60, 0, 15),
+     ("stem_tuning", "l2", 0.001, 15, 1, 15), ("segmentation", "l2", 0.006, 20, 1, 20),
+     ("classification", "l2", 0.001, 20, 1, 20)],
 )  # fmt: skip
 def test_a_plan_that_lies_over_another_recipe_leaves_it_its_loss_rate_and_schedule(
-    recipe, loss, rate, epochs, warmup, tmp_path
+    recipe, loss, rate, epochs, warmup, patience, tmp_path
 ):
     facts = [facts_of((50, 60, 70), (2.0, 2.0, 2.0))] * 5
     cohort = Cohort([], [], "mr", 1, [], facts, {"training": [{}] * 4, "validation": [{}]}, True)
     choices = about_network(cohort, "cpu", tmp_path) | about_schedule(cohort, 4)
     parser = ConfigParser({name: value for name, (value, _) in choices.items()} | {"recipe": recipe})
-    names = ("loss", "learning_rate", "max_epochs", "warmup_epochs")
-    assert tuple(map(parser.get_parsed_content, names)) == (loss, rate, epochs, warmup)
+    names = ("loss", "learning_rate", "max_epochs", "warmup_epochs", "early_stop_patience")
+    assert tuple(map(parser.get_parsed_content, names)) == (loss, rate, epochs, warmup, patience)
 
 
 def test_of_thick_slices_the_finer_volumes_count():

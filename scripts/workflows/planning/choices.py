@@ -24,6 +24,7 @@ WINDOWS = {4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 9: 3, 10: 5, 12: 4, 14: 7}
 COVERAGE = 3  # a crop shows at least this part of a volume's side, else patches have nothing to be told from
 HOMOGENEOUS = 0.02  # share that spacings may differ by, and still be one
 ANISOTROPIC = 3.0  # ratio of sides from which on the coarse one is taken from the finer volumes (nnU-Net's rule)
+SHORT = "stem_tuning=15, segmentation=20, classification=20"  # epochs of what follows a pre-training
 DRAWS = 9600  # of a pre-training on few volumes: that of the quick start
 DRAWS_OF_EACH = 250  # volume, on many: see docs/results.md
 
@@ -152,14 +153,17 @@ def about_schedule(cohort: Cohort, batch: int) -> Settings:
         "iterations_per_epoch": (iterations, f"{iterations * batch} draws, {passes:.2g} of each training volume"),
         # Here, too, what comes behind the pre-training has its own.
         "max_epochs": (
-            f"$dict(stem_tuning=15, segmentation=20, classification=20).get(@recipe, {epochs})",
+            f"$dict({SHORT}).get(@recipe, {epochs})",
             f"{epochs * iterations * batch} draws; a few volumes need {DRAWS}, many {DRAWS_OF_EACH} of each",
         ),
         "warmup_epochs": (
             f"$dict(pretraining={max(1, epochs // 20)}, conductor=0).get(@recipe, 1)",
-            "a twentieth, and of fewer epochs the first",
+            "a twentieth; one epoch in what follows",
         ),
-        "early_stop_patience": (max(5, epochs // 4), "epochs without a better validation"),
+        "early_stop_patience": (
+            f"$dict({SHORT}).get(@recipe, {max(5, epochs // 4)})",
+            "epochs without a better validation",
+        ),
     }
 
 
