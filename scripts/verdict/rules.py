@@ -14,9 +14,9 @@ __all__ = ["Facts", "Verdict", "judge"]
 EASY = 0.05  # unexplained, of the network or of a baseline, below which there was little to learn
 EVEN = 0.05  # standard deviation of hidden voxels, of the intensity window, below which they hardly differ
 NOISE = 0.95  # unexplained by the best baseline from which on visible patches say nothing of hidden ones
-NARROW = 2.0  # effective rank below which features have collapsed
-DEAD = 0.5  # share of dead channels above which they have
-ALIKE = 0.995  # cosine between tokens above which they have
+NARROW = 2.0  # effective rank below which features are narrow, and so all alike
+DEAD = 0.5  # share of dead channels above which they are alike, too
+ALIKE = 0.995  # cosine between tokens above which they are
 MARGIN = 0.03  # relative, by which the loss must be below that of a baseline to count as better
 FLAT = 0.03  # relative fall of the loss over the second half of a run below which nothing moves
 FAST = 0.2  # the same, from which on features that are narrow are no sign of a collapse
@@ -84,6 +84,9 @@ class Run:
             self.left, self.baseline, self.variance = own, its, "the variance within hidden patches"
         looked = [one for one in records if "val_effective_rank" in one]
         self.features = {name: looked[-1].get(f"val_{name}") for name in SPREAD} if looked else {}
+        rank, dead, alike = (self.features.get(name) for name in SPREAD)
+        self.is_narrow = rank is not None and rank < NARROW
+        self.is_alike = self.is_narrow or (rank is not None and (dead > DEAD or alike > ALIKE))
         self.gap = _gap([one for one in records if one["epoch"] > 0])
         self.fall = _fall(self.curve) if self.curve else 0.0  # of the loss, relative, over the second half
         self.suggested = suggested_epochs(self.curve) if len(self.curve) >= CURVE else None
@@ -167,32 +170,26 @@ def over_fitted(run: Run) -> Finding | None:
 
 def collapsed(run: Run) -> Finding | None:
     """Hold where features say the same of all patches, or the loss stands still, no better than a baseline's."""
-    rank, dead, alike = (run.features.get(name) for name in SPREAD)
-    is_narrow = rank is not None and (rank < NARROW or dead > DEAD or alike > ALIKE)
-    # Features that are narrow for some epochs widen again where the loss falls fast: the structural one has it so.
-    if len(run.curve) < FEW_LOOKS or run.is_better or run.fall >= (FAST if is_narrow else FLAT):
+    # Features that are alike for some epochs widen again where the loss falls fast: the structural one has it so.
+    if len(run.curve) < FEW_LOOKS or run.is_better or run.fall >= (FAST if run.is_alike else FLAT):
         return None
-    spread = ""
-    if rank is not None:
-        spread = (
-            f" The features vary along {rank:.1f} directions, {dead:.0%} of their channels are dead, and the cosine "
-            f"between two tokens of a volume is {alike:.3f}."
-        )
     words = (
         f"after {run.epochs} epochs the network is no better than what needs no network, and makes no progress: "
-        f"{_standing(run)}.{spread} A rate that is too high does this: start anew with a third of the learning_rate."
+        f"{_standing(run)}.{_spread(run)} A rate that is too high does this: start anew with a third of the "
+        "learning_rate."
     )
     return Finding("collapsed", words, "learning_rate")
 
 
 def under_trained(run: Run) -> Finding | None:
-    """Hold where the run ended before its time, its curve falls on, or it is no better than a baseline."""
+    """Hold where the run ended before its time, its curve falls on, its features are narrow yet, or it is no better."""
     is_short = run.suggested is not None and run.suggested > SHORT * run.epochs
-    if not (run.ended or is_short or not run.is_better):
+    if not (run.ended or is_short or run.is_narrow or not run.is_better):
         return None
+    spread = f"{_spread(run)} Longer training widens them, and tells more." if run.is_narrow else ""
     done = f"{run.epochs} of {run.facts.max_epochs} epochs are done" if run.ended else f"{run.epochs} epochs were few"
     beside = "better" if run.is_better else "no better"
-    words = f"{done}. The network is {beside} than what needs no network: {_standing(run)}.{_advice(run)}" + (
+    words = f"{done}. The network is {beside} than what needs no network: {_standing(run)}.{spread}{_advice(run)}" + (
         " --resume true does the rest."
         if run.ended
         else " Start anew with a larger early_stop_patience."
@@ -248,6 +245,16 @@ def _standing(run: Run) -> str:
         return left
     beside = "and" if run.is_better == (run.left < run.baseline) else "although with"
     return f"a loss of {run.loss:.4g} against {run.baseline_loss:.4g}, {beside} {left}"
+
+
+def _spread(run: Run) -> str:
+    if not run.features:
+        return ""
+    rank, dead, alike = (run.features[name] for name in SPREAD)
+    return (
+        f" The features vary along {rank:.1f} directions, {dead:.0%} of their channels are dead, and the cosine "
+        f"between two tokens of a volume is {alike:.3f}."
+    )
 
 
 def _advice(run: Run) -> str:

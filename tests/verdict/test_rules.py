@@ -42,6 +42,7 @@ def verdict(records, max_epochs=None, **facts):
     [
         ("healthy", "healthy", None),
         ("structural", "healthy", None),
+        ("structural_40_epochs", "under-trained", "max_epochs"),
         ("stopped_early", "under-trained", "resume"),
         ("rate_ten_times_too_high", "collapsed", "learning_rate"),
         ("constant_volumes", "too easy", "field_of_view"),
@@ -131,8 +132,15 @@ def test_features_that_are_all_alike_have_collapsed_if_the_network_is_no_better_
     slowly = [0.9 - 0.02 * epoch for epoch in range(10)]
     assert verdict(made(slowly)).name == "under-trained"
     assert verdict(made(slowly, **features)).name == "collapsed"
-    assert verdict(made(falling(), **features)).name == "healthy"
     assert verdict(made(slowly[:3], **features)).name == "under-trained"  # too early to say
+
+
+def test_features_that_are_narrow_yet_need_more_epochs_though_the_loss_is_better_than_a_blur():
+    found = verdict(made(falling(), val_effective_rank=1.9))
+    assert (found.name, found.knob) == ("under-trained", "max_epochs")
+    assert "The features vary along 1.9 directions" in found.paragraph
+    for features in ({}, {"val_dead_channels": 0.6}, {"val_token_cosine": 0.999}):
+        assert verdict(made(falling(), **features)).name == "healthy"
 
 
 def test_an_error_that_stands_still_above_a_blur_has_collapsed_without_a_look_at_features():
