@@ -530,6 +530,12 @@ def test_rates_without_one_above_zero_are_refused(experiments):
             Proof(experiments.dataset_dir, str(experiments.folder), pretrained=experiments.pretrained, rates=rates)
 
 
+@pytest.mark.parametrize(("knob", "says"), [("freeze_epochs", "the contestants"), ("learning_rate", "--rates")])
+def test_knobs_that_an_experiment_chooses_are_refused_not_passed_over(experiments, knob, says):
+    with pytest.raises(Mistake, match=f"{knob} cannot be one of --knobs: it follows from {says}"):
+        Proof(experiments.dataset_dir, str(experiments.folder), knobs={knob: 5})
+
+
 def test_fields_of_a_datalist_are_probed_beside_each_other(experiments, pretended):
     experiments.probing(target=["sex", "age"])
     assert Counter(run.folder.parent.name for run in pretended) == {"probing_sex": 2 * 9, "probing_age": 2 * 9}

@@ -25,6 +25,14 @@ from .runs import ROOT, Run, execute, last_metrics
 
 __all__ = ["Proof"]
 
+# Knobs that differ between the runs of an experiment, and where they come from.
+CHOSEN = {
+    **{"dataset_dir": "--dataset_dir", "output_dir": "--output_dir", "pretrained": "--pretrained", "seed": "--seeds"},
+    **{"num_train_cases": "--num_labelled", "learning_rate": "--rates", "encoder_learning_rate": "--rates"},
+    **{"max_epochs": "--finetuning_epochs or --epochs", "early_stop_patience": "the number of epochs"},
+    "freeze_epochs": "the contestants, some of which are frozen",
+}
+
 
 @dataclass
 class Proof:
@@ -40,7 +48,8 @@ class Proof:
         seeds: one or several, each with a choice of labelled cases, initial weights and draws of its own.
         finetuning_epochs: of 20 steps of a segmentation, or 40 of a classification.
         rates: that each contestant chooses from, 0 for the start itself; default: those of the task.
-        knobs: of the runs, over the experiments' own, such as ``{"num_labels": 3}``.
+        knobs: of the runs, over the experiments' own, such as ``{"num_labels": 3}``; not those that an experiment
+            chooses run by run.
         jobs: runs at a time.
 
     Raises:
@@ -67,6 +76,8 @@ class Proof:
             raise Mistake(
                 f"rates {self.rates} should be numbers above 0; with others there may be a 0, the start itself"
             )
+        if chosen := sorted(self.knobs.keys() & CHOSEN.keys()):
+            raise Mistake(f"{chosen[0]} cannot be one of --knobs: it follows from {CHOSEN[chosen[0]]}")
         for name in ("jobs", "finetuning_epochs"):
             if getattr(self, name) < 1:
                 raise Mistake(f"{name} {getattr(self, name)} must be at least 1")
