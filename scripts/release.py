@@ -23,7 +23,7 @@ from monai.bundle import verify_metadata
 
 from .convert import to_safetensors
 from .mistakes import Mistake, command, reason
-from .weights import load, sha256
+from .weights import bundle_version, load, sha256
 
 __all__ = ["build", "check", "hugging_face", "large_files"]
 
@@ -141,7 +141,7 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     Raises:
         Mistake: when there is no zip, or something where the folder would be.
     """
-    source = Path(archive or ROOT / "dist" / f"{NAME}_v{_version_of(ROOT)}.zip")
+    source = Path(archive or ROOT / "dist" / f"{NAME}_v{bundle_version(ROOT)}.zip")
     if not source.is_file():
         raise Mistake(f"there is no {source}: build it first, by python -m scripts.release build")
     folder = Path(output_dir).resolve() / NAME
@@ -155,7 +155,7 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
         for weights in root.glob("models/*.pt"):
             to_safetensors(str(weights), str(weights.with_suffix(".safetensors")))
         root.replace(folder)
-    version = _version_of(folder)
+    version = bundle_version(folder)
     tags = ["monai", "medical", "self-supervised"]
     header = {"license": ["apache-2.0", "cc-by-sa-3.0"], "library_name": "monai", "tags": tags}
     page = folder / "README.md"
@@ -164,10 +164,6 @@ def hugging_face(repo: str, archive: str | None = None, output_dir: str = "dist/
     print(f"wrote {folder}; to upload it (pip install huggingface_hub), in the place of what is there:\n  {upload}")
     print(f"MONAI finds a version by its tag on the hub:\n  hf repos tag create {repo} {version}")
     return folder
-
-
-def _version_of(root: Path) -> str:
-    return json.loads((root / "configs/metadata.json").read_text())["version"]
 
 
 def _unpack(archive: str, place: Path) -> Path:

@@ -146,6 +146,6 @@ def bundle_root() -> Path:
     return package / "bundle" if (package / "bundle").is_dir() else package.parent
 
 
-def bundle_version() -> str:
-    """Tell the bundle's version, which stands in its metadata alone."""
-    return json.loads((bundle_root() / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
+def bundle_version(root: Path | None = None) -> str:
+    """Tell the version of a bundle, which stands in its metadata alone; default: of this one."""
+    return json.loads(((root or bundle_root()) / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]

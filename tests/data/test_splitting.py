@@ -13,7 +13,7 @@ def names(cases):
     return [case["case"] for case in cases]
 
 
-def test_a_split_is_split_summary_alike_in_any_order_and_otherwise_with_a_case_more_or_elsewhere():
+def test_a_split_is_summed_up_alike_in_any_order_and_otherwise_with_a_case_more_or_elsewhere():
     cases = [{"case": name} for name in "abcd"]
     once = split_summary({"training": cases[:3], "validation": cases[3:]})
     assert once.startswith("3 for training, 1 for validation (names ")
